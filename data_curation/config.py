@@ -1,0 +1,129 @@
+"""Settings of every curation stage; no field here changes meaning without the stage's version being raised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from infra.config import Config
+
+_MACHINE = {"versioned": False}
+
+
+class DemoWebConfig(Config):
+    """Publish composed scenes on a local web server, with planted defects whose truth is kept aside."""
+
+    kind: Literal["demo_web"] = Field(default="demo_web", description="Make up a small web of pictures.")
+    rows: int = Field(default=8_000, ge=50, le=1_000_000, description="URLs to publish, planted defects included.")
+    square_share: float = Field(
+        default=0.6, ge=0, le=1, description="Share of square pictures of basic-vocabulary scenes."
+    )
+    defect_share: float = Field(default=0.12, ge=0, le=0.5, description="Share of rows with a planted defect.")
+    shortest_side: int = Field(default=96, ge=64, le=512, description="Least width and height of a sound picture, px.")
+    longest_side: int = Field(default=512, ge=128, le=2048, description="Greatest width and height, px.")
+    seed: int = Field(default=0, ge=0, description="Seed of the whole web.")
+
+
+class ListSource(Config):
+    """A list of picture URLs of your own."""
+
+    kind: Literal["list"] = Field(default="list", description="Read a URL list.")
+    path: Path = Field(description="Parquet, CSV, JSONL or text file (one URL a line).")
+    url_column: str = Field(default="url", description="Column with the URL.")
+    caption_column: str | None = Field(default="caption", description="Column with the caption; None: no captions.")
+    long_caption_column: str | None = Field(default=None, description="Column with a longer caption, if there is one.")
+    licence_column: str | None = Field(default=None, description="Column with the licence, if there is one.")
+    domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
+    limit: int | None = Field(default=None, ge=1, description="Read at most this many rows; None: all.")
+
+
+class FolderSource(Config):
+    """A folder of pictures, each with an optional caption in a .txt file of the same name."""
+
+    kind: Literal["folder"] = Field(default="folder", description="Read a folder of pictures.")
+    path: Path = Field(description="Folder, searched recursively.")
+    domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
+    caption_from_name: bool = Field(default=True, description="Without a .txt file, use the file name as caption.")
+
+
+Source = Annotated[DemoWebConfig | ListSource | FolderSource, Field(discriminator="kind")]
+
+
+class DownloadConfig(Config):
+    """Fetch every URL once and keep what decodes."""
+
+    shard_rows: int = Field(default=1_000, ge=10, le=100_000, description="Rows of one shard, the unit of resume.")
+    timeout_seconds: float = Field(default=10, gt=0, le=120, description="Limit of one connection or read.")
+    deadline_seconds: float = Field(default=30, gt=0, le=600, description="Limit of one whole fetch.")
+    retries: int = Field(default=1, ge=0, le=10, description="Further tries of a failed fetch.")
+    max_bytes: int = Field(default=20_000_000, ge=1_000, description="Greatest body; larger ones are refused unread.")
+    max_pixels: int = Field(default=40_000_000, ge=10_000, description="Greatest area, read from the header.")
+    allow_private: bool = Field(default=False, description="Fetch from private and loopback addresses too.")
+    user_agent: str = Field(default="t2i-lifecycle", min_length=1, description="Name given to web servers.")
+    port: int | None = Field(
+        default=None, ge=1024, le=65_535, json_schema_extra=_MACHINE,
+        description="Port of the demo web while it is fetched; None: any free one.",
+    )  # fmt: skip
+    processes: int = Field(default=2, ge=1, le=64, json_schema_extra=_MACHINE, description="Download processes.")
+    threads: int = Field(default=8, ge=1, le=256, json_schema_extra=_MACHINE, description="Threads of one process.")
+
+
+class DedupConfig(Config):
+    """Drop copies: the same bytes, then pictures whose perceptual hashes are close and whose pixels agree."""
+
+    hash_size: int = Field(default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared.")
+    max_distance: int = Field(default=30, ge=0, le=200, description="Greatest Hamming distance of two copies.")
+
+
+class QualityConfig(Config):
+    """Thresholds of the technical checks; each has its own reason."""
+
+    min_side: int = Field(default=64, ge=8, description="Least width and height, px (reason too_small).")
+    max_aspect: float = Field(default=2.2, ge=1, description="Greatest long side / short side (reason odd_aspect).")
+    max_blur: float = Field(default=0.6, ge=0, le=1, description="Greatest blur score (reason blurred).")
+    min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
+    min_contrast: float = Field(default=4, ge=0, description="Least deviation of grey values (reason no_content).")
+    check_captions: bool = Field(default=True, description="Drop captions that the pictures contradict.")
+
+
+class ResolutionConfig(Config):
+    """One training resolution: buckets of about side x side pixels."""
+
+    side: int = Field(ge=8, le=4096, multiple_of=4, description="Side of the square bucket, px.")
+    aspects: Literal["square", "any"] = Field(default="any", description="Only the square bucket, or all ratios.")
+
+
+class BucketsConfig(Config):
+    """Which bucket a picture trains in, and which split."""
+
+    resolutions: tuple[ResolutionConfig, ...] = Field(
+        default=(ResolutionConfig(side=32, aspects="square"), ResolutionConfig(side=40)),
+        min_length=1, description="Training resolutions; a picture may be in several.",
+    )  # fmt: skip
+    patch: int = Field(default=4, ge=1, le=64, description="Width and height of every bucket are multiples of this.")
+    ratios: tuple[float, ...] = Field(
+        default=(0.5, 2 / 3, 1.0, 1.5, 2.0), min_length=1, description="Width / height of the buckets."
+    )
+    max_crop: float = Field(default=0.25, ge=0, le=1, description="Greatest share cut away (reason crop_too_large).")
+    upscale: bool = Field(default=False, description="Allow enlarging (otherwise reason too_small_for_bucket).")
+    validation_share: float = Field(default=0.03, ge=0, le=0.5, description="Share of rows kept out of training.")
+
+
+class EncodeConfig(Config):
+    """Text and teacher features, computed once."""
+
+    max_tokens: int = Field(default=64, ge=8, le=512, description="Longest caption in tokens; the rest is cut.")
+    teacher: bool = Field(default=True, description="Store the teacher features that REPA aligns to.")
+
+
+class DataConfig(Config):
+    """From a source of URLs to a training set."""
+
+    source: Source = Field(default=DemoWebConfig(), description="Where the pictures come from.")
+    download: DownloadConfig = Field(default=DownloadConfig(), description="Fetching.")
+    dedup: DedupConfig = Field(default=DedupConfig(), description="Copies.")
+    quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
+    buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
+    encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")

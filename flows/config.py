@@ -1,0 +1,79 @@
+"""The configuration of a whole lifecycle: one stage configuration per stage, and where to run."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pydantic import Field, model_validator
+
+from data_curation.config import DataConfig
+from infra.config import Config
+from infra.stages import UNVERSIONED, Resources
+from models.distillation.config import DistillConfig
+from models.personalization.config import DreamBoothConfig
+from models.posttraining.config import DpoConfig, PairsConfig
+from models.pretraining.config import FlowMatchingConfig
+from tasks.config import EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
+
+
+class PosttrainConfig(Config):
+    """What follows pre-training, in this order; a stage that is null is left out."""
+
+    sft: FlowMatchingConfig | None = Field(
+        default=FlowMatchingConfig(name="sft", repa=None), description="Supervised fine-tuning on long prompts"
+    )
+    pairs: PairsConfig = Field(default=PairsConfig(), description="Preference pairs of the model's own pictures")
+    dpo: DpoConfig | None = Field(default=DpoConfig(), description="Diffusion-DPO on those pairs")
+
+
+class RunConfig(Config):
+    """Where a run keeps its results and what it runs on; none of it changes results."""
+
+    root: str = Field(default="runs", description="Folder, file:// or s3:// address", json_schema_extra=UNVERSIONED)
+    resources: Resources = Field(default=Resources(), description="Processes and devices", json_schema_extra=UNVERSIONED)
+    min_free_gb: float = Field(
+        default=1.0, ge=0, description="Refuse to start with less free disk", json_schema_extra=UNVERSIONED
+    )
+
+
+class LifecycleConfig(Config):
+    """The whole life of one model: every stage's configuration, in the order in which they run."""
+
+    name: str = Field(default="demo", pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the runs")
+    seed: int = Field(default=0, ge=0, description="Added to the seed of every training stage; data stay the same")
+    data: DataConfig = Field(default=DataConfig(), description="Curation")
+    judge: JudgeConfig = Field(default=JudgeConfig(), description="The judge behind prompt accuracy")
+    pretrain: tuple[FlowMatchingConfig, ...] = Field(
+        default=(FlowMatchingConfig(),), min_length=1, description="Pre-training and continued training, each from the last"
+    )
+    posttrain: PosttrainConfig = Field(default=PosttrainConfig(), description="SFT and preference tuning")
+    personalize: tuple[DreamBoothConfig, ...] = Field(default=(), description="Subjects to learn")
+    personalize_from: str | None = Field(default=None, description="Stage they start from; null: the last of post-training")
+    distill: tuple[DistillConfig, ...] = Field(default=(), description="Students")
+    distill_from: str | None = Field(default=None, description="Their teacher's stage; null: the last of post-training")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Scores and gates")
+    export: ExportConfig = Field(default=ExportConfig(), description="Stock pipelines")
+    report: ReportConfig = Field(default=ReportConfig(), description="The page that shows it all")
+    run: RunConfig = Field(default=RunConfig(), description="Where and how", json_schema_extra=UNVERSIONED)
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Names of the stages that hand the model on, first to last."""
+        post = (self.posttrain.sft, self.posttrain.dpo)
+        return (*(stage.name for stage in self.pretrain), *(stage.name for stage in post if stage is not None))
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of every stage that makes a checkpoint."""
+        return (*self.chain, *(stage.name for stage in self.personalize), *(stage.name for stage in self.distill))
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> LifecycleConfig:
+        twice = [name for name, count in Counter(self.checkpoints).items() if count > 1]
+        if twice:
+            raise ValueError(f"stage name {twice[0]!r} is used twice; give every stage its own name")
+        for field in ("personalize_from", "distill_from"):
+            start = getattr(self, field)
+            if start is not None and start not in self.chain:
+                raise ValueError(f"{field}={start!r} is no stage of pre- or post-training; choose one of {list(self.chain)}")
+        return self

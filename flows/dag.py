@@ -1,0 +1,103 @@
+"""The lifecycle as a list of stages in the order they run; `plan` and the live run both read this list."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from data_curation.config import DataConfig, DemoWebConfig
+from flows.config import LifecycleConfig
+from infra.config import Config
+from infra.stages import StageSpec
+from tasks.catalog import spec_of
+
+C = TypeVar("C", bound=Config)
+
+
+def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
+    """Curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
+    return [
+        *curation(config.data),
+        spec_of("judge", "train_judge", config.judge),
+        *pretraining(config),
+        *posttraining(config),
+        *personalization(config),
+        *distillation(config),
+        *proof(config),
+    ]
+
+
+def curation(data: DataConfig) -> list[StageSpec]:
+    """From URLs to a training set."""
+    function = "publish_demo_web" if isinstance(data.source, DemoWebConfig) else "read_source"
+    return [
+        spec_of("source", function, data.source),
+        spec_of("download", "download", data.download, source="source"),
+        spec_of("dedup", "deduplicate", data.dedup, rows="download"),
+        spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
+        spec_of("buckets", "assign_buckets", data.buckets, rows="quality"),
+        spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),
+    ]
+
+
+def pretraining(config: LifecycleConfig) -> list[StageSpec]:
+    """Each stage goes on from the one before."""
+    specs, init = [], dict[str, str]()
+    for stage in config.pretrain:
+        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data="encode", **init))
+        init = {"init": stage.name}
+    return specs
+
+
+def posttraining(config: LifecycleConfig) -> list[StageSpec]:
+    """Supervised fine-tuning, then preference pairs of its pictures, then DPO on them."""
+    post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
+    specs = []
+    if post.sft is not None:
+        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
+        last = post.sft.name
+    if post.dpo is not None:
+        pairs = post.pairs.name
+        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), init=last, judge="judge", data="encode"))
+        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), init=last, pairs=pairs, data="encode"))
+    return specs
+
+
+def personalization(config: LifecycleConfig) -> list[StageSpec]:
+    """One adapter per subject."""
+    start = config.personalize_from or config.chain[-1]
+    return [
+        spec_of(stage.name, "dreambooth", seeded(stage, config.seed), data="encode", init=start)
+        for stage in config.personalize
+    ]
+
+
+def distillation(config: LifecycleConfig) -> list[StageSpec]:
+    """Students of one teacher."""
+    teacher = config.distill_from or config.chain[-1]
+    return [
+        spec_of(stage.name, "distill", seeded(stage, config.seed), data="encode", init=teacher) for stage in config.distill
+    ]
+
+
+def proof(config: LifecycleConfig) -> list[StageSpec]:
+    """Scores of every checkpoint, the pipelines to give away, and the page."""
+    checkpoints = {name: name for name in config.checkpoints}
+    exports = {"teacher": config.distill_from or config.chain[-1]}
+    exports |= {f"student-{stage.student_steps}": stage.name for stage in config.distill}
+    exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
+    curated = {name: name for name in ("source", "download", "dedup", "quality", "buckets")}
+    return [
+        spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
+        spec_of("export", "export", config.export, **exports),
+        spec_of("report", "report", config.report, scores="evaluate", **curated, **checkpoints),
+    ]
+
+
+def seeded(stage: C, seed: int) -> C:
+    """The stage with the lifecycle's seed added to its own."""
+    if seed == 0:
+        return stage
+    if "train" in type(stage).model_fields:
+        train = getattr(stage, "train")  # noqa: B009 - the field is checked above, the class is any of several
+        return stage.model_copy(update={"train": train.model_copy(update={"seed": train.seed + seed})})
+    return stage.model_copy(update={"seed": getattr(stage, "seed", 0) + seed})

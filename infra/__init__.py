@@ -1,0 +1,1 @@
+"""What lies below every stage and knows no model: storage, artifacts, configuration, logging, services."""

@@ -1,0 +1,287 @@
+"""The store: artifacts under <root>/<stage>/<key>, run records under <root>/runs; `artifact.json` present means done."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+from pydantic import ValidationError
+
+from infra.artifacts import RECORD, Artifact, FileEntry, difference, folder_digest, listing_digest
+from infra.config import canonical_json, digest_of
+from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_RESERVED = {"runs"}
+Listing = list[FileEntry]
+Runs = list[dict[str, Any]]
+_verified: set[tuple[str, str]] = set()  # (uri, digest) whose every byte this process has already checked
+
+
+class Backend(Protocol):
+    """The few operations in which a folder and a bucket differ; paths are relative to the root, with slashes."""
+
+    root: str
+    scratch: Path  # local folder that survives a kill
+
+    def uri(self, path: str) -> str: ...
+    def data_path(self, entry: str, digest: str) -> str: ...
+    def read(self, path: str) -> bytes | None: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool: ...
+    def fetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path: ...
+    def refetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path | None: ...
+    def remove(self, entry: str) -> None: ...
+    def names(self, path: str) -> list[str]: ...
+    def lock(self) -> AbstractContextManager[None]: ...
+
+
+class Store:
+    """Artifacts and run records under one root, on a local disk or in S3; made by `open_store`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.root = backend.root
+
+    # -- artifacts
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The committed artifact of a stage key, or None; reads only its record, no data."""
+        found = self._record(stage, key)
+        return None if found is None else found[0]
+
+    def local(self, artifact: Artifact) -> Path:
+        """A local folder with the artifact's files, every byte checked once per process."""
+        stage, key = self._place(artifact)
+        found = self._record(stage, key)
+        if found is None:
+            raise ArtifactCorrupted(f"artifact {artifact.uri} is gone; run stage {stage!r} again", stage, key)
+        stored, files = found
+        if stored.digest != artifact.digest:
+            raise ArtifactCorrupted(
+                f"artifact {artifact.uri} now has digest {stored.digest[:12]}, wanted {artifact.digest[:12]}; "
+                f"run the stages after {stage!r} again",
+                stage,
+                key,
+            )
+        entry = f"{stage}/{key}"
+        folder = self._backend.fetch(entry, stored.digest, files)
+        if (artifact.uri, artifact.digest) in _verified and folder.is_dir():
+            return folder
+        wrong = _wrong(folder, stored.digest, files)
+        if wrong and (fresh := self._backend.refetch(entry, stored.digest, files)) is not None:
+            folder, wrong = fresh, _wrong(fresh, stored.digest, files)
+        if wrong:
+            raise ArtifactCorrupted(
+                f"artifact of stage {stage!r} is corrupted: {wrong}; `t2i rerun RUN {stage}` builds it again",
+                stage,
+                key,
+            )
+        _verified.add((artifact.uri, artifact.digest))
+        return folder
+
+    def scratch(self, stage: str, key: str) -> Path:
+        """A local working folder of one stage key that survives kills; the caller removes what it no longer needs."""
+        folder = self._backend.scratch / f"{_checked(stage)}-{_checked(key)[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def commit(
+        self, stage: str, key: str, kind: str, folder: Path, parents: Iterable[str], facts: dict[str, Any]
+    ) -> Artifact:
+        """Move `folder` into the store, its record last; who loses a race gets the winner's artifact."""
+        if _checked(stage) in _RESERVED or not _checked(key):
+            raise ConfigError(f"a stage cannot be called {stage!r}; choose another name")
+        if (folder / RECORD).exists() and not _is_record(folder / RECORD):
+            raise LifecycleError(f"stage {stage!r} wrote {RECORD}, a name the store keeps for itself; rename that file")
+        digest, files = folder_digest(folder)
+        if not files:
+            raise LifecycleError(f"stage {stage!r} wrote no file under {folder}; a stage must leave at least one")
+        entry = f"{stage}/{key}"
+        body = {
+            "format": 1,
+            "stage": stage,
+            "kind": kind,
+            "digest": digest,
+            "parents": list(parents),
+            "facts": facts,
+            "files": [[item.path, item.size, item.sha256] for item in files],
+        }
+        record = (canonical_json({**body, "seal": digest_of(body)}) + "\n").encode()
+        won = self._backend.publish(folder, entry, digest, files, record)
+        found = self.find(stage, key)
+        if found is None:
+            raise LifecycleError(
+                f"stage {stage!r} was committed to {self._backend.uri(entry)} and then removed; run it again"
+            )
+        if not won and found.digest != digest:
+            log.warning(
+                "stage %s was made twice with different bytes; the first one, %s, stays", stage, found.digest[:12]
+            )
+        return found
+
+    def discard(self, artifact: Artifact) -> None:
+        """Remove an artifact so that the next run builds it again."""
+        self.discard_entry(*self._place(artifact))
+
+    def discard_entry(self, stage: str, key: str) -> None:
+        """Remove whatever lies at a stage key, readable or not (`ArtifactCorrupted` carries both names)."""
+        entry = f"{_checked(stage)}/{_checked(key)}"
+        self._backend.remove(entry)
+        gone = {pair for pair in _verified if pair[0].startswith(self._backend.uri(entry))}
+        _verified.difference_update(gone)
+
+    def list(self) -> Iterator[Artifact]:
+        """Every committed artifact; an unreadable record is logged and passed over."""
+        for stage in self._backend.names(""):
+            if stage in _RESERVED or not _NAME.match(stage):
+                continue
+            for key in self._backend.names(stage):
+                try:
+                    found = self.find(stage, key) if _NAME.match(key) else None
+                except ArtifactCorrupted as error:
+                    log.warning("%s", error)
+                    continue
+                if found is not None:
+                    yield found
+
+    # -- run records
+
+    def write_run(self, run_id: str, record: dict[str, Any]) -> None:
+        """Write the record of a run whole; its first `started` time stays."""
+        path = f"runs/{_checked(run_id)}.json"
+        before = self._backend.read(path)
+        started = json.loads(before)["started"] if before else datetime.now(UTC).isoformat()
+        body = {"run": run_id, "started": started, **record}
+        self._backend.write(path, (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+    def read_run(self, run_id: str) -> dict[str, Any]:
+        """The record of a run; `latest` is the one that started last."""
+        if run_id == "latest":
+            runs = self.list_runs()
+            if not runs:
+                raise ConfigError(f"there is no run under {self.root}; start one with `t2i run PRESET`")
+            return runs[0]
+        data = self._backend.read(f"runs/{_checked(run_id)}.json")
+        if data is None:
+            known = ", ".join(run["run"] for run in self.list_runs()[:5]) or "none"
+            raise ConfigError(f"there is no run {run_id!r} under {self.root}; latest runs: {known}")
+        return _run_record(data, run_id)
+
+    def list_runs(self) -> Runs:
+        """Every run record, the one that started last first."""
+        names = [name for name in self._backend.names("runs") if name.endswith(".json")]
+        read = [(name, self._backend.read(f"runs/{name}")) for name in names]
+        runs = [_run_record(data, name) for name, data in read if data is not None]
+        return sorted(runs, key=lambda run: (str(run["started"]), str(run["run"])), reverse=True)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held for the length of a run: one run per root; the error names the process that holds it."""
+        return self._backend.lock()
+
+    # -- inside
+
+    def _place(self, artifact: Artifact) -> tuple[str, str]:
+        start = self._backend.uri("")
+        parts = artifact.uri.removeprefix(start).strip("/").split("/")
+        if not artifact.uri.startswith(start) or len(parts) < 2:
+            raise LifecycleError(
+                f"artifact {artifact.uri} does not lie under root {self.root}; open the store it is in"
+            )
+        return parts[0], parts[1]
+
+    def _record(self, stage: str, key: str) -> tuple[Artifact, Listing] | None:
+        entry = f"{_checked(stage)}/{_checked(key)}"
+        data = self._backend.read(f"{entry}/{RECORD}")
+        if data is None:
+            return None
+        try:
+            body = json.loads(data)
+            seal = body.pop("seal")
+            files = [FileEntry(path=path, size=size, sha256=sha256) for path, size, sha256 in body["files"]]
+            sound = seal == digest_of(body) and body["digest"] == listing_digest(files)
+            uri = self._backend.uri(self._backend.data_path(entry, body["digest"]))
+            fields = {name: body[name] for name in ("kind", "digest", "stage", "parents", "facts")}
+            artifact = Artifact(uri=uri, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+            sound = False
+        if not sound:
+            where = self._backend.uri(f"{entry}/{RECORD}")
+            raise ArtifactCorrupted(
+                f"artifact of stage {stage!r} is corrupted: {where} is damaged; `t2i rerun RUN {stage}` builds it again",
+                stage,
+                key,
+            )
+        return artifact, files
+
+
+def _wrong(folder: Path, digest: str, files: list[FileEntry]) -> str | None:
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    found_digest, found = folder_digest(folder)
+    return None if found_digest == digest else difference(folder, files, found)
+
+
+def _is_record(path: Path) -> bool:
+    """True for a record that a killed commit left in the folder it was about to move."""
+    try:
+        body = json.loads(path.read_bytes())
+    except ValueError:
+        return True  # cut short
+    return isinstance(body, dict) and {"seal", "format", "files"} <= body.keys()
+
+
+def _checked(name: str) -> str:
+    if not _NAME.match(name):
+        raise ConfigError(f"{name!r} cannot be part of a path; use letters, digits, dot, dash and underscore")
+    return name
+
+
+def _run_record(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(data)
+        return {"run": record["run"], "started": record["started"], **record}
+    except (ValueError, KeyError, TypeError) as error:
+        raise LifecycleError(f"run record {name} is damaged ({error}); remove that file under runs/") from error
+
+
+def open_store(root: str | Path, create: bool = True) -> Store:
+    """The store at a path, a file:// or an s3:// address; with `create`, the root is made and proved writable."""
+    text = str(root)
+    scheme = urlparse(text).scheme if "://" in text else "file"
+    match scheme:
+        case "file":
+            from infra.local_files import LocalFiles
+
+            return Store(LocalFiles(text, create))
+        case "s3":
+            from infra.s3_objects import S3Objects
+
+            return Store(S3Objects(text, create))
+        case _:
+            raise ConfigError(f"root {text!r} has scheme {scheme!r}; use a path, file:///path or s3://bucket/prefix")
+
+
+def require_disk(root: str | Path, needed: int) -> None:
+    """Refuse to start when the disk under a local `root` has less than `needed` bytes free."""
+    if str(root).startswith("s3://"):
+        return
+    from infra.local_files import local_path
+
+    place = local_path(str(root))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"disk under {root} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB; "
+            "free some space or choose another place with --root"
+        )

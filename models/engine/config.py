@@ -1,0 +1,46 @@
+"""Settings of the training loop, shared by every technique."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+
+
+class OptimizerConfig(Config):
+    """Muon for hidden matrices, AdamW for everything else; set `muon_lr` to null for AdamW alone."""
+
+    muon_lr: float | None = Field(default=0.01, gt=0, description="Muon learning rate (update RMS matched to AdamW)")
+    adamw_lr: float = Field(default=1.5e-3, gt=0, description="AdamW learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decays")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of both optimizers")
+    warmup_steps: int = Field(default=50, ge=0, description="Steps of linear warm-up")
+    decay_from: float = Field(default=0.5, ge=0, le=1, description="Share of the run after which the rate falls linearly")
+    final_ratio: float = Field(default=0.01, ge=0, le=1, description="Learning rate at the last step over the peak")
+    clip_norm: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are scaled down")
+
+
+class TrainConfig(Config):
+    """How long, how much at once, and what is kept."""
+
+    steps: int = Field(default=3000, ge=1, description="Optimizer steps")
+    batch_size: int = Field(default=24, ge=1, description="Pictures per step over all workers")
+    seed: int = Field(default=0, ge=0, description="Root of all randomness of this stage")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_gamma: float = Field(default=17.0, ge=0, description="Power EMA (1-1/(k+1))^gamma; 0 keeps the last weights")
+    log_every: int = Field(default=20, ge=1, description="Steps between rows of metrics.jsonl")
+    checkpoint_every: int = Field(
+        default=200, ge=1, description="Steps between checkpoints", json_schema_extra={"versioned": False}
+    )
+    sample_every: int | None = Field(
+        default=None, ge=1, description="Steps between grids of fixed prompts"
+    )
+
+    @model_validator(mode="after")
+    def _checkpoints_at_log_rows(self) -> TrainConfig:
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} is not a multiple of log_every={self.log_every}; "
+                "a checkpoint between two log rows could not resume the log exactly"
+            )
+        return self

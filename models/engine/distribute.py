@@ -1,0 +1,55 @@
+"""Several workers on one batch: ranks, gradient averaging, barriers. Works without torch.distributed too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of workers); (0, 1) when torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Mean gradient over all workers, as one flat all-reduce; a missing gradient counts as zero."""
+    _, workers = world()
+    if workers == 1:
+        return
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+    dist.all_reduce(flat)
+    flat /= workers
+    offset = 0
+    for parameter in parameters:
+        count = parameter.numel()
+        parameter.grad = flat[offset : offset + count].view_as(parameter)
+        offset += count
+
+
+def average_scalars(values: dict[str, float]) -> dict[str, float]:
+    """Mean of each number over all workers."""
+    _, workers = world()
+    if workers == 1 or not values:
+        return values
+    flat = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(flat)
+    return {name: float(v) / workers for name, v in zip(values, flat, strict=True)}
+
+
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give every worker rank 0's weights."""
+    if world()[1] == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dist.broadcast(tensor.data, src=0)
+
+
+def barrier() -> None:
+    """Wait for all workers."""
+    if world()[1] > 1:
+        dist.barrier()

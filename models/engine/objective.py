@@ -1,0 +1,58 @@
+"""The contract between a training technique and the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from models.engine.randomness import Randomness
+
+
+@dataclass
+class Batch:
+    """One worker's part of a batch.
+
+    images: float32 [B, 3, H, W] in [-1, 1]; tokens: float32 [B, T, D] standardised text features; mask: bool [B, T],
+    True for real tokens; teacher: float32 [B, h, w, E] features of the clean picture or None; weight: float32 [B];
+    extra: what an objective adds in `prepare` (noise, times, targets) or the data source adds for it.
+    """
+
+    images: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    slots: tuple[int, ...]
+    teacher: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Loss:
+    """`total` is differentiated; `parts` are detached numbers for the log."""
+
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """One training technique: who is trained, in which order, on what loss."""
+
+    @property
+    def players(self) -> Mapping[str, nn.Module]:
+        """What is trained, by name; each player gets its own optimizer."""
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The players that move in this step, in order."""
+
+    def prepare(self, batch: Batch, rng: Randomness) -> Batch:
+        """Everything without gradient: noise, times, rollouts, teacher targets."""
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        """The loss of one player's move, averaged over this worker's samples."""
+
+    def after_step(self, step: int) -> None:
+        """Bookkeeping once all players have moved (target networks)."""

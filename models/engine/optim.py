@@ -1,0 +1,102 @@
+"""Optimizers: Muon (Jordan 2024) for hidden matrices, AdamW for the rest; warm-up, plateau, linear decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from models.engine.config import OptimizerConfig
+from models.engine.muon import Muon
+
+MUON_EXCLUDED = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed", "norm", "head", "projector.out")
+
+
+def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Learning rate at `step` over its peak: linear warm-up, plateau, linear decay to `final_ratio`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = max(config.warmup_steps, round(config.decay_from * steps))
+    if step < start or steps - 1 <= start:
+        return 1.0
+    done = (step - start) / (steps - 1 - start)
+    return 1.0 + done * (config.final_ratio - 1.0)
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(hidden matrices for Muon, everything else for AdamW) among the trainable parameters."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        hidden = parameter.ndim == 2 and not any(word in name for word in MUON_EXCLUDED)
+        (matrices if hidden else others).append(parameter)
+    return matrices, others
+
+
+class PlayerOptimizer:
+    """The optimizers and the schedule of one player."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices, others = split_parameters(module)
+        if config.muon_lr is None:
+            matrices, others = [], matrices + others
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if matrices and config.muon_lr is not None:
+            self.optimizers.append(
+                Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay)
+            )
+        if others:
+            self.optimizers.append(
+                torch.optim.AdamW(
+                    others, lr=config.adamw_lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+                )
+            )
+        self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]
+
+    def step(self, step: int) -> tuple[float, bool]:
+        """Clip, set the rates, move; returns (gradient norm before clipping, whether the step was taken)."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            factor = rate_factor(step, self.steps, self.config)
+            groups = [group for opt in self.optimizers for group in opt.param_groups]
+            for group, peak in zip(groups, self.peaks, strict=True):
+                group["lr"] = peak * factor
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return float(norm), finite
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Optimizer state as named tensors (for safetensors)."""
+        flat: dict[str, torch.Tensor] = {}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    flat[f"{i}/{index}/{key}"] = torch.as_tensor(value)
+        return flat
+
+    def load_tensors(self, flat: dict[str, torch.Tensor]) -> None:
+        """Inverse of `tensors`."""
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in flat.items():
+                owner, index, key = name.split("/")
+                if int(owner) == i:
+                    state.setdefault(int(index), {})[key] = value
+            full = optimizer.state_dict()
+            full["state"] = state
+            optimizer.load_state_dict(full)
+
+
+def toggle(players: Iterable[nn.Module], turn: nn.Module, trainable: dict[int, list[nn.Parameter]]) -> None:
+    """Let gradients flow only into the player whose turn it is; a frozen LoRA base stays frozen."""
+    for player in players:
+        for parameter in trainable[id(player)]:
+            parameter.requires_grad_(player is turn)

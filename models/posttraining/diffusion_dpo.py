@@ -1,0 +1,76 @@
+"""Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908, eq. 14) for flow matching.
+
+e(x) = ||v(x_t) - (eps - x_0)||^2 with the same eps and t for both pictures of a pair;
+margin m = [e(w) - e_ref(w)] - [e(l) - e_ref(l)]; loss = -log sigmoid(-beta/2 m). At the start m = 0 and the loss is ln 2.
+beta multiplies per-sample means here, so the config gives it per element: beta_mean = beta_per_element * 3HW.
+An anchor (flow matching on the preferred picture) keeps the winner's likelihood from falling with the loser's.
+Left out: per-timestep weights, automatic beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.engine.objective import Batch, Loss
+from models.engine.randomness import Randomness
+from models.networks.prx import Denoiser
+from models.posttraining.config import DpoConfig
+from models.pretraining.flow_matching import noised, velocity_error
+from models.pretraining.timesteps import sample_times
+
+
+class DiffusionDpo:
+    """Preference tuning. A batch holds winners in `images` and losers in `extra["loser"]`."""
+
+    def __init__(self, denoiser: Denoiser, reference: Denoiser, config: DpoConfig) -> None:
+        self.denoiser, self.config = denoiser, config
+        self.reference = reference.eval().requires_grad_(False)
+
+    @property
+    def players(self) -> Mapping[str, nn.Module]:
+        """One player: the denoiser."""
+        return {"denoiser": self.denoiser}
+
+    def turns(self, step: int) -> Sequence[str]:  # noqa: ARG002
+        """The denoiser moves in every step."""
+        return ("denoiser",)
+
+    def prepare(self, batch: Batch, rng: Randomness) -> Batch:
+        """Same t and eps for winner and loser; the reference's errors."""
+        _, _, h, w = batch.images.shape
+        tokens = h * w // self.denoiser.transformer.config.patch_size ** 2
+        t = sample_times(rng.uniform("time"), tokens, self.config.timesteps)
+        eps = rng.normal("noise", tuple(batch.images.shape[1:]))
+        extra = dict(batch.extra, t=t, eps=eps)
+        with torch.no_grad():
+            extra["reference"] = self._errors(self.reference, replace(batch, extra=extra))
+        return replace(batch, extra=extra)
+
+    def loss(self, player: str, batch: Batch) -> Loss:  # noqa: ARG002
+        """-log sigmoid(-beta/2 m) plus the anchor; parts tell whether winners got worse (an alarm when above 0)."""
+        winner, loser = self._errors(self.denoiser, batch).chunk(2)
+        winner_ref, loser_ref = batch.extra["reference"].chunk(2)
+        margin = (winner - winner_ref) - (loser - loser_ref)
+        beta = self.config.beta_per_element * batch.images[0].numel()
+        preference = -F.logsigmoid(-beta / 2 * margin)
+        wins = (margin < 0).float() + 0.5 * (margin == 0).float()
+        parts = {
+            "dpo": preference.detach().mean(), "implicit_accuracy": wins.mean(),
+            "winner_change": (winner - winner_ref).detach().mean(), "loser_change": (loser - loser_ref).detach().mean(),
+        }  # fmt: skip
+        return Loss((preference + self.config.anchor * winner).mean(), parts)
+
+    def after_step(self, step: int) -> None:
+        """Nothing to keep."""
+
+    def _errors(self, net: Denoiser, batch: Batch) -> torch.Tensor:
+        """Velocity errors [2B], winners first."""
+        pictures = torch.cat([batch.images, batch.extra["loser"]])
+        t, eps = batch.extra["t"].repeat(2), batch.extra["eps"].repeat(2, 1, 1, 1)
+        x_0, _ = net(noised(pictures, eps, t), t, batch.tokens.repeat(2, 1, 1), batch.mask.repeat(2, 1))
+        return velocity_error(x_0, pictures, t)

@@ -1,0 +1,70 @@
+"""Settings of flow-matching stages: pre-training, continued training and SFT are all presets of this."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+from models.engine.config import TrainConfig
+from models.networks.config import PrxConfig
+
+
+class TimestepConfig(Config):
+    """Density of the training time t (0 = data, 1 = noise), before the shift."""
+
+    density: Literal["uniform", "logit_normal"] = Field(default="logit_normal", description="Density of t")
+    mean: float = Field(default=0.0, ge=-5, le=5, description="Mean of logit(t); above 0 means more noise")
+    std: float = Field(default=1.0, gt=0, le=5, description="Standard deviation of logit(t)")
+    shift: Literal["none", "sqrt_tokens"] = Field(
+        default="sqrt_tokens", description="sqrt_tokens: k = sqrt(tokens / base_tokens) per sample (SD3)"
+    )
+    base_tokens: int = Field(default=64, ge=1, description="Token count at which k = 1")
+
+
+class RepaConfig(Config):
+    """REPA (arXiv:2410.06940): align a hidden layer with frozen features of the clean picture."""
+
+    coefficient: float = Field(default=0.5, ge=0, description="Weight of the alignment term")
+    layer: int = Field(default=2, ge=0, description="0-based index of the aligned block")
+    hidden: int = Field(default=192, ge=1, description="Width of the projector")
+    until: float = Field(default=0.6, gt=0, le=1, description="Share of the stage after which the term stops (HASTE)")
+
+
+class SelectConfig(Config):
+    """Which rows of the training set a stage reads, and with which caption."""
+
+    resolutions: tuple[int, ...] = Field(default=(32,), min_length=1, description="Base sides to train on")
+    domains: tuple[str, ...] | None = Field(default=None, description="Only these domains; null means all")
+    long_captions: float = Field(default=0.0, ge=0, le=1, description="Share of samples with the long caption")
+    empty_captions: float = Field(default=0.1, ge=0, lt=1, description="Share of samples without caption (for CFG)")
+    replay: float = Field(default=0.0, ge=0, lt=1, description="Share of each batch drawn from all domains instead")
+
+
+class SamplingConfig(Config):
+    """How the trained model is to be sampled; saved with it."""
+
+    steps: int = Field(default=8, ge=1, le=1000, description="Euler steps")
+    guidance: float = Field(default=2.0, ge=1, le=30, description="Classifier-free guidance; 1 = none")
+    side: int = Field(default=32, ge=8, description="Default side in pixels")
+
+
+class FlowMatchingConfig(Config):
+    """One flow-matching stage."""
+
+    name: str = Field(default="pretrain-32", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    network: PrxConfig = PrxConfig()
+    train: TrainConfig = TrainConfig()
+    timesteps: TimestepConfig = TimestepConfig()
+    repa: RepaConfig | None = RepaConfig()
+    select: SelectConfig = SelectConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _layer_exists(self) -> FlowMatchingConfig:
+        if self.repa is not None and self.repa.layer >= self.network.depth:
+            raise ValueError(
+                f"repa.layer={self.repa.layer} but the network has depth={self.network.depth} blocks (0-based); lower it"
+            )
+        return self

@@ -1,0 +1,78 @@
+"""Settings of the judge, evaluation and report stages; pydantic only (no torch, ray or prefect at import)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.config import Config
+from models.evaluation.config import GateConfig, JudgeConfig
+
+__all__ = ["EvaluateConfig", "GateConfig", "JudgeConfig", "PromptSetConfig", "ReportConfig", "SubjectConfig"]
+
+PromptSetName = Literal["held_out_basic", "held_out_full", "training", "long"]
+
+
+class PromptSetConfig(Config):
+    """One fixed list of prompts and seeds, the same for every checkpoint it is asked of."""
+
+    name: PromptSetName = Field(default="held_out_basic", description="Which scenes and which wording")
+    prompts: int = Field(default=320, ge=1, description="How many (prompt, seed) pairs")
+    stages: tuple[str, ...] | None = Field(default=None, description="Checkpoints asked; none given = every checkpoint")
+    side: int = Field(
+        default=32, ge=32, le=512, description="Side of the pictures drawn; above 32 the metrics get a suffix"
+    )
+
+
+class SubjectConfig(Config):
+    """The subject a personalised checkpoint must know."""
+
+    stage: str = Field(default="dreambooth-robot", min_length=1, description="Checkpoint that learnt the subject")
+    parent: str = Field(default="sft", min_length=1, description="Checkpoint it started from")
+    scene_object: str = Field(default="robot", min_length=1, description="The subject's name in the scene vocabulary")
+    phrase: str = Field(
+        default="zwx robot", min_length=1, description="What a prompt calls the subject: token and class"
+    )
+    prompts: int = Field(default=48, ge=4, description="How many subject pictures are drawn and judged")
+
+
+class EvaluateConfig(Config):
+    """What every checkpoint is asked and which bounds it must keep."""
+
+    seed: int = Field(default=1234, ge=0, description="Seed of the prompt lists and of the pictures' noise")
+    sets: tuple[PromptSetConfig, ...] = Field(
+        default=(
+            PromptSetConfig(name="held_out_basic", prompts=320),
+            PromptSetConfig(name="held_out_full", prompts=96),
+            PromptSetConfig(name="long", prompts=320, stages=("continue", "sft")),
+        ),
+        description="Prompt lists; the first one also feeds kernel distance and diversity",
+    )
+    subjects: tuple[SubjectConfig, ...] = Field(default=(), description="Subjects of personalised checkpoints")
+    gates: tuple[GateConfig, ...] = Field(default=(), description="Bounds; verdicts are written to the scores")
+    strict_gates: bool = Field(
+        default=False, description="Fail this stage when a gate is missed, instead of only reporting it"
+    )
+    diversity_prompts: int = Field(
+        default=12, ge=0, description="Prompts drawn several times for the diversity within a prompt"
+    )
+    diversity_seeds: int = Field(default=4, ge=2, description="Pictures per prompt for diversity")
+    bootstrap: int = Field(default=200, ge=20, description="Resamples behind each kernel-distance interval")
+    grid_prompts: int = Field(default=12, ge=1, description="Prompts in the cross-stage grid")
+    batch_size: int = Field(default=32, ge=1, description="Pictures sampled at a time")
+
+
+class ReportConfig(Config):
+    """What the one-page report shows."""
+
+    title: str = Field(default="Text-to-image lifecycle", min_length=1, description="Heading of the page")
+    data_source: Literal["demo", "own"] = Field(
+        default="demo", description="Whether the drawings are OpenMoji and need their credit"
+    )
+    dropped_examples: int = Field(default=10, ge=0, le=60, description="Pictures in each gallery of dropped rows")
+    thumbnail_side: int = Field(default=72, ge=16, le=256, description="Longest side of a gallery picture in pixels")
+    grid_columns: tuple[str, ...] | None = Field(
+        default=None, description="Stages in the grid, in order; none given = all"
+    )
+    max_megabytes: float = Field(default=10.0, gt=0, description="The page must stay below this size")

@@ -1,0 +1,35 @@
+"""Stage function that writes complete stock pipelines: what a user loads with DiffusionPipeline.from_pretrained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from pydantic import Field
+
+from infra.config import Config
+from infra.stages import StageContext
+from models.networks.export import export_pipeline
+
+
+class ExportConfig(Config):
+    """Which checkpoints become pipelines: the roles among the stage's inputs are the names of the folders."""
+
+    name: str = Field(default="export", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+
+
+def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:  # noqa: ARG001 - one signature for all stages
+    """One folder per input checkpoint; adapters ride along."""
+    exports = {}
+    for role, folder in sorted(ctx.inputs.items()):
+        target = ctx.out / role
+        parent = ctx.parents[role]
+        export_pipeline(folder, target)
+        (target / "lineage.json").write_text(
+            json.dumps({"stage": parent.stage, "digest": parent.digest, "parents": list(parent.parents)}, indent=2)
+        )
+        if (folder / "adapter").exists():
+            shutil.copytree(folder / "adapter", target / "adapter")
+        exports[role] = role
+    return {"exports": exports}

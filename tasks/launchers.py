@@ -1,0 +1,168 @@
+"""Where a stage runs: in this process, on workers of a local or given Ray, or as a job of the Ray Jobs API."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from infra.artifacts import Artifact
+from infra.errors import LifecycleError
+from infra.stages import FanOut, Resources, fan_out_here
+from infra.storage import open_store
+from tasks.catalog import Catalog, stage_function
+from tasks.ray_session import RaySession
+from tasks.ray_train import ERRORS, TrainingGroup
+from tasks.stage import Job, Launcher, Report, perform
+
+log = logging.getLogger(__name__)
+
+JOB_POLL_SECONDS = 1.0
+ERROR_MARK = "T2I-ERROR "
+PROGRESS_MARK = "T2I-PROGRESS "
+
+
+def launcher_for(resources: Resources, catalog: Catalog = stage_function) -> Launcher:
+    """The launcher a run asked for."""
+    if resources.launcher == "rayjob":
+        return RayJobLauncher(resources)
+    return LocalLauncher(resources, catalog)
+
+
+class LocalLauncher:
+    """Local stages in this process; training stages here too, or on Ray Train workers. Ray starts when first needed."""
+
+    def __init__(self, resources: Resources, catalog: Catalog = stage_function) -> None:
+        self.resources, self.catalog = resources, catalog
+        self.session: RaySession | None = None
+        self.group: TrainingGroup | None = None
+
+    def warm_up(self) -> None:
+        """Start Ray in the background, to have it by the time a stage wants it."""
+        if self.resources.launcher == "ray" and self.session is None:
+            self.session = RaySession(self.resources)
+
+    def run(self, job: Job, report: Report) -> Artifact:
+        """Run one job to its artifact."""
+        if job.spec.runs == "train" and self.resources.launcher == "ray":
+            return self._training_group(job).run(job, report)
+        artifact = perform(job, open_store(job.root), self.catalog, report, self._fan_out())
+        assert artifact is not None  # rank 0
+        return artifact
+
+    def close(self) -> None:
+        """Stop what runs and the Ray that was started here."""
+        group, session, self.group, self.session = self.group, self.session, None, None
+        if group is not None:
+            group.close()
+        if session is not None:
+            session.close()
+
+    def _training_group(self, job: Job) -> TrainingGroup:
+        if self.group is None or not self.group.thread.is_alive():
+            self._connected()
+            self.group = TrainingGroup(self.resources, self.catalog, tempfile.mkdtemp(prefix="t2i-train-"))
+        return self.group
+
+    def _fan_out(self) -> FanOut:
+        return self._ray_fan_out if self.resources.launcher == "ray" else fan_out_here
+
+    def _ray_fan_out(self, function: Any, items: Any, /) -> Any:
+        from tasks.ray_data import ray_fan_out
+
+        self._connected()
+        return ray_fan_out(function, items)
+
+    def _connected(self) -> None:
+        self.warm_up()
+        assert self.session is not None
+        self.session.wait()
+
+
+class RayJobLauncher:
+    """Every stage is a job of a Ray cluster; a lost driver finds it again by its name and goes on waiting."""
+
+    def __init__(self, resources: Resources) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self.client = JobSubmissionClient(resources.ray_address or "http://127.0.0.1:8265")
+        self.running: str | None = None
+
+    def run(self, job: Job, report: Report) -> Artifact:
+        """Submit or find the job, wait for it, and read the artifact from the store."""
+        self.running = self._submit(job)
+        state = self._wait(self.running, job, report)
+        submission, self.running = self.running, None
+        found = open_store(job.root).find(job.spec.name, job.key)
+        if state == "SUCCEEDED" and found is not None:
+            return found
+        raise self._error(job, submission, state)
+
+    def close(self) -> None:
+        """Stop the job that is being waited for."""
+        submission, self.running = self.running, None
+        if submission is not None:
+            self.client.stop_job(submission)
+
+    def _submit(self, job: Job) -> str:
+        attempt = 0
+        while True:
+            submission = f"{job.spec.name}-{job.key[:16]}-{attempt}"
+            match self._state(submission):
+                case None:
+                    return self._start(submission, job)
+                case "PENDING" | "RUNNING":
+                    log.info("job %s runs already; waiting for it", submission)
+                    return submission
+                case _:
+                    attempt += 1
+
+    def _start(self, submission: str, job: Job) -> str:
+        with tempfile.TemporaryDirectory(prefix="t2i-job-") as folder:
+            Path(folder, "spec.json").write_text(job.model_dump_json())
+            try:
+                started: str = self.client.submit_job(
+                    entrypoint="python -m tasks.worker --spec spec.json",
+                    submission_id=submission,
+                    runtime_env={"working_dir": folder, "env_vars": {"RAY_TRAIN_V2_ENABLED": "1"}},
+                    metadata={"stage": job.spec.name, "key": job.key},
+                )
+            except RuntimeError:
+                if self._state(submission) is None:
+                    raise
+                return submission  # another driver submitted it in the meantime
+        return started
+
+    def _state(self, submission: str) -> str | None:
+        try:
+            return str(self.client.get_job_status(submission).value)
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise
+
+    def _wait(self, submission: str, job: Job, report: Report) -> str:
+        while True:
+            state = self._state(submission)
+            if state not in ("PENDING", "RUNNING"):
+                return state or "LOST"
+            progress = self.client.get_job_logs(submission).rpartition(PROGRESS_MARK)[2].partition("\n")[0]
+            if progress.startswith("["):
+                done, total, metrics = json.loads(progress)
+                report(job.spec.name, done, total, metrics)
+            time.sleep(JOB_POLL_SECONDS)
+
+    def _error(self, job: Job, submission: str, state: str) -> LifecycleError:
+        text = self.client.get_job_logs(submission) if state != "LOST" else ""
+        line = text.rpartition(ERROR_MARK)[2].partition("\n")[0]
+        if line.startswith("{"):
+            problem = json.loads(line)
+            return ERRORS.get(problem["error"], LifecycleError)(problem["message"])
+        last = text.strip().splitlines()[-1:] or ["no log"]
+        return LifecycleError(
+            f"stage {job.spec.name!r} failed: Ray job {submission} ended as {state}: {last[0]}; "
+            f"`ray job logs {submission}` has the rest"
+        )

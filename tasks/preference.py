@@ -1,0 +1,117 @@
+"""Stage functions of preference tuning: make pairs from the model's own pictures, tune on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file, save_file
+
+from data_curation import scenes as demo
+from infra.errors import DataRefused
+from infra.stages import StageContext
+from models.engine.loop import Trainer
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness, derive_seed
+from models.evaluation.judge import Judge
+from models.networks import prx, text_encoder
+from models.networks.checkpoint import read_card
+from models.networks.prx import Denoiser
+from models.posttraining.config import DpoConfig, PairsConfig
+from models.posttraining.diffusion_dpo import DiffusionDpo
+from models.posttraining.reward import judge_reward
+from models.sampling.generate import load_generator
+from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training_data import TrainingData, local_slots, to_model
+
+
+def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
+    """Best and worst picture of each group under the reward; ties dropped."""
+    generator = load_generator(ctx.inputs["init"])
+    judge = Judge.load(ctx.inputs["judge"])
+    published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
+    rng = np.random.default_rng([config.seed, 77])
+    chosen = [published[i] for i in rng.choice(len(published), config.prompts, replace=False)]
+    asked = [scene for scene in chosen for _ in range(config.group)]
+    prompts = [demo.short_caption(scene) for scene in asked]
+    seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(asked))]
+    parts = []
+    for start in range(0, len(asked), 64):
+        part = slice(start, start + 64)
+        parts.append(generator.sample(prompts[part], seeds[part], steps=config.steps, guidance=config.guidance))
+        ctx.progress(min(start + 64, len(asked)), len(asked), {})
+    images = np.concatenate(parts)
+    rewards = judge_reward(judge, images, asked).reshape(config.prompts, config.group)
+    best, worst = rewards.argmax(1), rewards.argmin(1)
+    rows = np.arange(config.prompts)
+    gaps = rewards[rows, best] - rewards[rows, worst]
+    kept = np.flatnonzero(gaps > config.min_gap)
+    if not len(kept):
+        raise DataRefused(
+            f"all {config.prompts} groups are ties (largest reward gap {gaps.max():.4f}, min_gap={config.min_gap}); "
+            "ask more prompts, larger groups or a smaller gap"
+        )
+    winners, losers = kept * config.group + best[kept], kept * config.group + worst[kept]
+    save_file({"winner": images[winners], "loser": images[losers]}, ctx.out / "pairs.safetensors")
+    table = pa.table(
+        {
+            "prompt": [prompts[i] for i in winners], "scene": [asked[i].id for i in winners],
+            "seed_winner": [seeds[i] for i in winners], "seed_loser": [seeds[i] for i in losers],
+            "reward_winner": rewards[kept, best[kept]], "reward_loser": rewards[kept, worst[kept]],
+            "source": ["rollout"] * len(kept), "strength": gaps[kept],
+        }
+    )  # fmt: skip
+    pq.write_table(table, ctx.out / "pairs.parquet")
+    return {"prompts": config.prompts, "pairs": len(kept), "ties": config.prompts - len(kept),
+            "mean_reward": float(rewards.mean()), "mean_gap": float(gaps[kept].mean())}  # fmt: skip
+
+
+def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
+    """Diffusion-DPO of `init` on `pairs`."""
+    refuse_distilled(ctx.inputs["init"], config.name)
+    data = TrainingData(ctx.inputs["data"])
+    folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
+    denoiser = prx.load(folder, data.text_mean, data.text_std)
+    reference = prx.load(folder, data.text_mean, data.text_std)
+    objective = DiffusionDpo(denoiser, reference, config)
+
+    def model_of(trainer: Trainer) -> Denoiser:
+        model = averaged(trainer, "denoiser", denoiser)
+        assert isinstance(model, Denoiser)
+        return model
+
+    return run_training(
+        objective, pair_batches(config, ctx), config.train, ctx, model_of, card, fixed_prompts(data)
+    )
+
+
+def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]:
+    """This worker's pairs as a pure function of the step: a fresh permutation each epoch."""
+    pictures = load_file(ctx.inputs["pairs"] / "pairs.safetensors")
+    prompts = pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["prompt"].to_pylist()
+    distinct = list(dict.fromkeys(prompts))
+    tokens, mask = text_encoder.encode(distinct, read_card(ctx.inputs["init"]).prompt_max_tokens)
+    longest = int(mask.sum(1).max())
+    tokens, mask = tokens[:, :longest], mask[:, :longest]
+    caption = torch.tensor([distinct.index(p) for p in prompts])
+    size, count, seed = config.train.batch_size, len(prompts), config.train.seed
+    slots = local_slots(size)
+
+    def batch(step: int) -> Batch:
+        places = [step * size + slot for slot in slots]
+        order = {
+            epoch: torch.randperm(count, generator=Randomness(seed, epoch, ()).shared("pair order"))
+            for epoch in {place // count for place in places}
+        }
+        rows = torch.stack([order[place // count][place % count] for place in places])
+        ids = caption[rows]
+        return Batch(
+            to_model(pictures["winner"][rows.numpy()]), tokens[ids], mask[ids], slots,
+            extra={"loser": to_model(pictures["loser"][rows.numpy()])},
+        )  # fmt: skip
+
+    return batch

@@ -1,0 +1,188 @@
+"""One stage, brought to its artifact: reuse it, or run its function in a scratch folder and commit what it wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from infra.artifacts import Artifact
+from infra.config import Config
+from infra.errors import LifecycleError
+from infra.stages import FanOut, Resources, StageContext, StageSpec, fan_out_here, stage_key
+from infra.storage import Store
+from tasks.catalog import Catalog, stage_function
+
+log = logging.getLogger(__name__)
+
+Status = Literal["ran", "reused"]
+Report = Callable[[str, int, int, Mapping[str, float]], None]  # (stage, done, total, metrics)
+
+
+class Job(Config):
+    """Everything one execution of a stage needs, in any process on any machine; travels as JSON."""
+
+    spec: StageSpec = Field(description="the stage")
+    key: str = Field(description="its content key")
+    root: str = Field(description="root of the store")
+    inputs: dict[str, Artifact] = Field(default_factory=dict, description="role -> artifact")
+    resources: Resources = Field(default=Resources(), description="where and how wide")
+
+
+class Launcher(Protocol):
+    """Where jobs run. `run` blocks until the artifact is committed; `close` stops whatever still runs."""
+
+    def run(self, job: Job, report: Report) -> Artifact: ...
+    def close(self) -> None: ...
+
+
+def silent(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    """The report that tells nobody."""
+
+
+def inputs_of(spec: StageSpec, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Role -> artifact, from the artifacts of the stages before."""
+    missing = sorted({stage for stage in spec.inputs.values() if stage not in artifacts})
+    if missing:
+        raise LifecycleError(f"stage {spec.name!r} needs the artifacts of {missing}, which are not there; run them first")
+    return {role: artifacts[stage] for role, stage in spec.inputs.items()}
+
+
+def job_of(spec: StageSpec, store: Store, artifacts: Mapping[str, Artifact], resources: Resources) -> Job:
+    """The job that would make `spec`'s artifact from these inputs."""
+    inputs = inputs_of(spec, artifacts)
+    key = stage_key(spec, {role: artifact.digest for role, artifact in inputs.items()})
+    return Job(spec=spec, key=key, root=store.root, inputs=inputs, resources=resources)
+
+
+def materialise(
+    spec: StageSpec,
+    store: Store,
+    artifacts: Mapping[str, Artifact],
+    resources: Resources,
+    launcher: Launcher,
+    force: bool = False,
+    report: Report = silent,
+) -> tuple[Artifact, Status]:
+    """The stage's artifact, found under its key or made now; `force` discards a found one first."""
+    job = job_of(spec, store, artifacts, resources)
+    if force:
+        store.discard_entry(spec.name, job.key)
+    elif (found := store.find(spec.name, job.key)) is not None:
+        return found, "reused"
+    return launcher.run(job, report), "ran"
+
+
+def perform(
+    job: Job,
+    store: Store,
+    catalog: Catalog = stage_function,
+    report: Report = silent,
+    fan_out: FanOut = fan_out_here,
+    rank: int = 0,
+) -> Artifact | None:
+    """Run the job's function in this process; rank 0 commits. A failure leaves the scratch folder for the next try."""
+    spec = job.spec
+    scratch = store.scratch(spec.name, job.key)
+    out, work = scratch / "out", scratch / "work"
+    if rank == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    function = catalog(spec.function)
+    context = StageContext(
+        name=spec.name,
+        inputs={role: store.local(artifact) for role, artifact in job.inputs.items()},
+        parents=job.inputs,
+        out=out,
+        scratch=work,
+        resources=job.resources,
+        progress=lambda done, total, metrics: report(spec.name, done, total, metrics),
+        fan_out=fan_out,
+    )
+    _use_threads(job)
+    forget_peak_memory()
+    started = time.perf_counter()
+    facts = _call(spec, function.run, function.config.model_validate(spec.config), context)
+    if rank != 0:
+        return None
+    facts = {**facts, **_measured(job, time.perf_counter() - started)}
+    parents = [artifact.digest for _, artifact in sorted(job.inputs.items())]
+    artifact = store.commit(spec.name, job.key, spec.kind, out, parents, facts)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return artifact
+
+
+def _call(spec: StageSpec, run: Callable[..., dict[str, Any]], config: Config, context: StageContext) -> dict[str, Any]:
+    try:
+        facts = run(config, context)
+        json.dumps(facts, allow_nan=False)
+    except LifecycleError:
+        raise
+    except Exception as error:
+        raise LifecycleError(
+            f"stage {spec.name!r} failed: {type(error).__name__}: {error}; what it had done is kept in "
+            f"{context.scratch.parent}, running again goes on from there"
+        ) from error
+    return facts
+
+
+def _use_threads(job: Job) -> None:
+    """Training computes with the threads it was given; other stages with all of the run's threads."""
+    threads = job.resources.threads_per_worker
+    if job.spec.runs == "local":
+        threads *= job.resources.num_workers
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the stage imports torch
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def _measured(job: Job, seconds: float) -> dict[str, Any]:
+    spec = job.spec
+    return {
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "function": spec.function,
+        "version": spec.version,
+        "config": spec.config,
+        "versioned": spec.versioned,
+        "inputs": {role: artifact.digest for role, artifact in job.inputs.items()},
+        "resources": job.resources.model_dump(mode="json"),
+        "provenance": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def forget_peak_memory() -> None:
+    """Start the count of peak memory anew (Linux), because a training process serves several stages."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("peak memory counts from the start of the process")
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

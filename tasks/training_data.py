@@ -1,0 +1,71 @@
+"""Training batches from an encoded training set: the one place where curation's arrays become the engine's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_curation.dataset import TrainingSet
+from infra.errors import ConfigError
+from models.engine.distribute import world
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.pretraining.config import SelectConfig
+
+
+def local_slots(batch_size: int) -> tuple[int, ...]:
+    """This worker's positions in the global batch."""
+    rank, workers = world()
+    if batch_size % workers:
+        raise ConfigError(f"batch_size={batch_size} cannot be shared by {workers} workers; make it a multiple")
+    local = batch_size // workers
+    return tuple(range(rank * local, (rank + 1) * local))
+
+
+def to_model(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class TrainingData:
+    """An opened training set with its text statistics as tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.set = TrainingSet.open(folder)
+        self.text_mean = torch.from_numpy(self.set.mean)
+        self.text_std = torch.from_numpy(self.set.std)
+
+    def null(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and mask of the empty prompt, [1, T, D] and [1, T]."""
+        tokens, mask = self.set.text([0])
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def teacher_dim(self, select: SelectConfig) -> int:
+        """Width of the cached teacher features."""
+        rows = self.set.select(select.resolutions, select.domains).batch(0, 1, 0)
+        return int(self.set.gather(rows).teacher.shape[-1])
+
+    def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
+        """This worker's batch as a pure function of the step."""
+        slots = local_slots(batch_size)
+        main = self.set.select(select.resolutions, select.domains)
+        replay = self.set.select(select.resolutions) if select.replay > 0 else None
+
+        def batch(step: int) -> Batch:
+            rng = Randomness(seed, step, slots)
+            replayed = replay is not None and float(torch.rand((), generator=rng.shared("replay"))) < select.replay
+            source = replay if replayed and replay is not None else main
+            ids = source.batch(step, batch_size, seed)
+            part = type(ids)(ids.bucket, ids.positions[list(slots)], ids.rows[list(slots)])
+            rows = self.set.gather(part)
+            use_long = (rng.uniform("long caption") < select.long_captions).numpy()
+            empty = (rng.uniform("empty caption") < select.empty_captions).numpy()
+            captions = np.where(empty, 0, np.where(use_long, rows.long, rows.short))
+            tokens, mask = self.set.text(captions)
+            features = torch.from_numpy(rows.teacher) if teacher else None
+            return Batch(to_model(rows.images), torch.from_numpy(tokens), torch.from_numpy(mask), slots, features)
+
+        return batch

@@ -1,0 +1,55 @@
+"""`python -m tasks.worker --spec spec.json`: the entry point of a Ray job; runs one stage and commits its artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from infra.errors import LifecycleError
+from tasks.launchers import ERROR_MARK, PROGRESS_MARK, LocalLauncher
+from tasks.stage import Job
+
+PROGRESS_SECONDS = 2.0
+
+
+class LogProgress:
+    """Progress as lines of the job's log, which is all the driver can read."""
+
+    def __init__(self) -> None:
+        self.next = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Write one line, at most every two seconds and at the end."""
+        if time.monotonic() >= self.next or done == total:
+            self.next = time.monotonic() + PROGRESS_SECONDS
+            sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([done, total, dict(metrics)])}\n")
+            sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job in the spec file; the exit code is the error's."""
+    parser = argparse.ArgumentParser(prog="tasks.worker", description="Run one stage of a lifecycle.")
+    parser.add_argument("--spec", type=Path, required=True, help="JSON file with the job")
+    job = Job.model_validate_json(parser.parse_args(arguments).spec.read_text())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    resources = job.resources.model_copy(update={"launcher": "ray", "ray_address": "auto"})
+    launcher = LocalLauncher(resources)
+    try:
+        launcher.run(job.model_copy(update={"resources": resources}), LogProgress())
+    except LifecycleError as error:
+        logging.getLogger(__name__).exception("stage %s failed", job.spec.name)
+        problem = {"error": type(error).__name__, "message": str(error)}
+        sys.stdout.write(f"{ERROR_MARK}{json.dumps(problem)}\n")
+        return error.exit_code
+    finally:
+        launcher.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

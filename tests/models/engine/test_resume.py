@@ -1,0 +1,109 @@
+"""Every objective of the repository resumes to the bit, twice in a row."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.distillation.config import DistillConfig
+from models.distillation.consistency import ConsistencyDistillation
+from models.distillation.progressive import ProgressiveDistillation
+from models.engine.config import OptimizerConfig, TrainConfig
+from models.engine.loop import Trainer, train
+from models.engine.objective import Batch, Objective
+from models.engine.state import load_state
+from models.networks.prx import Denoiser
+from models.personalization.config import LoraConfig
+from models.personalization.lora import add_lora
+from models.posttraining.config import DpoConfig
+from models.posttraining.diffusion_dpo import DiffusionDpo
+from models.pretraining.config import RepaConfig, TimestepConfig
+from models.pretraining.flow_matching import FlowMatching
+from models.pretraining.repa import Projector, Repa
+
+CONFIG = TrainConfig(
+    steps=9, batch_size=4, log_every=1, checkpoint_every=1, optimizer=OptimizerConfig(warmup_steps=2), ema_gamma=3.0
+)
+NULL = (torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
+
+
+def flow(tiny: Callable[[int], Denoiser]) -> Objective:
+    repa = Repa(RepaConfig(layer=1, until=0.5), Projector(32, 8, 10, 3), CONFIG.steps)
+    return FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa)
+
+
+def lora(tiny: Callable[[int], Denoiser]) -> Objective:
+    denoiser = tiny(0)
+    add_lora(denoiser, LoraConfig(rank=4), 0)
+    return FlowMatching(denoiser, TimestepConfig())
+
+
+def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
+    return DiffusionDpo(tiny(0), tiny(0), DpoConfig())
+
+
+def consistency(tiny: Callable[[int], Denoiser]) -> Objective:
+    return ConsistencyDistillation(tiny(0), tiny(0), NULL, DistillConfig(teacher_steps=4))
+
+
+def progressive(tiny: Callable[[int], Denoiser]) -> Objective:
+    config = DistillConfig(method="progressive", student_steps=2, teacher_steps=4)
+    return ProgressiveDistillation(tiny(0), tiny(0), NULL, config)
+
+
+class Killed(Exception):
+    """Stands for a killed process."""
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in trainer.players.items():
+        tensors |= {f"{name}/{k}": v.detach().clone() for k, v in module.state_dict().items()}
+        tensors |= {f"{name}/ema/{k}": v.clone() for k, v in trainer.emas[name].average.items()}
+        tensors |= {f"{name}/optimizer/{k}": v.clone() for k, v in trainer.optimizers[name].tensors().items()}
+    return tensors
+
+
+@pytest.mark.parametrize("make", [flow, lora, dpo, consistency, progressive])
+def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
+    straight = train(make(tiny), batches, CONFIG, tmp_path / "straight")
+
+    def dying_at(limit: int) -> Callable[[int], Batch]:
+        def batch(step: int) -> Batch:
+            if step == limit:
+                raise Killed
+            return batches(step)
+
+        return batch
+
+    for limit in (3, 7):
+        with pytest.raises(Killed):
+            train(make(tiny), dying_at(limit), CONFIG, tmp_path / "broken")
+    resumed = train(make(tiny), batches, CONFIG, tmp_path / "broken")
+
+    expected, got = everything(straight), everything(resumed)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert straight.rows == resumed.rows
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, batches, tmp_path: Path) -> None:
+    train(flow(tiny), batches, CONFIG, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    with (newest / "denoiser.weights.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\xff\xff\xff\xff")
+    found = load_state(tmp_path / "checkpoints")
+    assert found is not None
+    assert found[0] == CONFIG.steps - 1
+
+
+def test_running_a_finished_training_again_does_nothing(tiny, batches, tmp_path: Path) -> None:
+    first = train(flow(tiny), batches, CONFIG, tmp_path)
+
+    def refuse(step: int) -> Batch:
+        raise AssertionError(f"step {step} was run again")
+
+    again = train(flow(tiny), refuse, CONFIG, tmp_path)
+    assert again.rows == first.rows
