@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from data_curation.config import DemoWebConfig
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
-from data_curation.scenes import Scene, all_scenes, draw, long_caption, short_caption
+from data_curation.scenes import REPEATS, Scene, all_scenes, draw, long_caption, short_caption
 
 if TYPE_CHECKING:
     from infra.stages import StageContext
@@ -139,8 +139,9 @@ def _scenes(config: DemoWebConfig, count: int, rng: np.random.Generator) -> list
     full = [scene for scene in all_scenes("full") if not scene.held_out]
 
     def turns(scenes: list[Scene], number: int) -> list[Scene]:
-        rounds = -(-number // len(scenes))
-        return [scenes[i] for _ in range(rounds) for i in rng.permutation(len(scenes))][:number]
+        once = [scene for scene in scenes for _ in range(REPEATS.get(scene.layout, 1))]
+        rounds = -(-number // len(once))
+        return [once[i] for _ in range(rounds) for i in rng.permutation(len(once))][:number]
 
     chosen = [(scene, True) for scene in turns(basic, num_square)]
     chosen += [(scene, False) for scene in turns(full, count - num_square)]

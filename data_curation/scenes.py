@@ -37,6 +37,7 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 SINGLE_LAYOUTS = ("big", *CORNERS, "three")
 BASIC_LAYOUTS = (*SINGLE_LAYOUTS, "beside")
 LAYOUTS = (*BASIC_LAYOUTS, "above")
+REPEATS = {"big": 5, "three": 3} | dict.fromkeys(CORNERS, 2)  # few scenes have these layouts: publish each more often
 RASTER_SIDE = 448
 RASTER_TIERS = (40, 64, 160, RASTER_SIDE)
 

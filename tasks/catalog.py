@@ -39,13 +39,19 @@ TRAITS: dict[str, Traits] = {
     "assign_buckets": Traits("manifest"),
     "encode": Traits("training-set"),
     "train_judge": Traits("judge"),
-    "pretrain": Traits("checkpoint", runs="train"),
+    "flow_matching": Traits("checkpoint", runs="train"),
+    "make_pairs": Traits("pairs"),
+    "dpo": Traits("checkpoint", runs="train"),
+    "dreambooth": Traits("checkpoint", runs="train"),
+    "distill": Traits("checkpoint", runs="train"),
     "evaluate": Traits("scores"),
+    "export": Traits("pipelines"),
     "report": Traits("report"),
+    "promote": Traits("pointer"),
 }
 
 
-def spec_of(name: str, function: str, config: Config, **inputs: str) -> StageSpec:
+def spec_of(name: str, function: str, config: Config, /, **inputs: str) -> StageSpec:
     """The spec of one stage; `inputs` are role=stage."""
     traits = TRAITS.get(function)
     if traits is None:
@@ -63,5 +69,102 @@ def spec_of(name: str, function: str, config: Config, **inputs: str) -> StageSpe
 
 
 def stage_function(name: str) -> StageFunction:
-    """Import one stage function; only the process that runs it pays for its imports."""
-    raise NotImplementedError(name)
+    """One stage function; only the process that runs it pays for its imports."""
+    match name:
+        case "publish_demo_web" | "read_source" | "download" | "deduplicate" | "filter_quality" | "assign_buckets" | "encode":
+            return _curation(name)
+        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "distill":
+            return _training(name)
+        case "train_judge" | "evaluate" | "export" | "report" | "promote":
+            return _proof(name)
+        case _:
+            raise ConfigError(f"there is no stage function {name!r}; tasks/catalog.py lists {', '.join(TRAITS)}")
+
+
+def _curation(name: str) -> StageFunction:
+    from data_curation import config
+
+    match name:
+        case "publish_demo_web":
+            from data_curation.demo_web import publish_demo_web
+
+            return StageFunction(config.DemoWebConfig, publish_demo_web)
+        case "read_source":
+            from data_curation.sources import SourceConfig, read_source
+
+            return StageFunction(SourceConfig, read_source)
+        case "download":
+            from data_curation.download import download
+
+            return StageFunction(config.DownloadConfig, download)
+        case "deduplicate":
+            from data_curation.dedup import deduplicate
+
+            return StageFunction(config.DedupConfig, deduplicate)
+        case "filter_quality":
+            from data_curation.quality import filter_quality
+
+            return StageFunction(config.QualityConfig, filter_quality)
+        case "assign_buckets":
+            from data_curation.buckets import assign_buckets
+
+            return StageFunction(config.BucketsConfig, assign_buckets)
+        case _:
+            from data_curation.encode import encode
+
+            return StageFunction(config.EncodeConfig, encode)
+
+
+def _training(name: str) -> StageFunction:
+    match name:
+        case "flow_matching":
+            from models.pretraining.config import FlowMatchingConfig
+            from tasks.training import flow_matching
+
+            return StageFunction(FlowMatchingConfig, flow_matching)
+        case "make_pairs":
+            from models.posttraining.config import PairsConfig
+            from tasks.preference import make_pairs
+
+            return StageFunction(PairsConfig, make_pairs)
+        case "dpo":
+            from models.posttraining.config import DpoConfig
+            from tasks.preference import dpo
+
+            return StageFunction(DpoConfig, dpo)
+        case "dreambooth":
+            from models.personalization.config import DreamBoothConfig
+            from tasks.personalize import dreambooth
+
+            return StageFunction(DreamBoothConfig, dreambooth)
+        case _:
+            from models.distillation.config import DistillConfig
+            from tasks.distill import distill
+
+            return StageFunction(DistillConfig, distill)
+
+
+def _proof(name: str) -> StageFunction:
+    from tasks import config
+
+    match name:
+        case "train_judge":
+            from tasks.judge import train_judge
+
+            return StageFunction(config.JudgeConfig, train_judge)
+        case "evaluate":
+            from tasks.evaluate import evaluate
+
+            return StageFunction(config.EvaluateConfig, evaluate)
+        case "export":
+            from tasks.export import export
+
+            return StageFunction(config.ExportConfig, export)
+        case "promote":
+            from tasks.promote import PromoteConfig, promote
+
+            return StageFunction(PromoteConfig, promote)
+        case _:
+            from tasks.report import report
+
+            return StageFunction(config.ReportConfig, report)

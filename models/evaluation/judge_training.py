@@ -24,8 +24,10 @@ Kind = Literal["colour", "shape"]
 
 
 def perturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Changes that leave a picture right: a pixel's shift, brightness, mild blur and noise."""
+    """Changes that leave a picture right: a pixel's shift, slight bends, brightness, mild blur and noise."""
     b, c, h, w = pictures.shape
+    bent = corrupt.wobble(pictures[: b // 4], 0.4, 7, generator)
+    pictures = torch.cat([bent, pictures[b // 4 :]])
     shift = torch.randint(-1, 2, (2, b, 1, 1), generator=generator)
     pictures = corrupt.gather_pixels(pictures, torch.arange(h).view(1, h, 1) + shift[0] + 0 * torch.arange(w),
                                      torch.arange(w) + shift[1] + 0 * torch.arange(h).view(1, h, 1))  # fmt: skip

@@ -1,0 +1,68 @@
+"""What a run comes to: the object that `t2i run --json` ends with and `t2i report --json` prints."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infra.artifacts import Artifact
+from infra.errors import ArtifactCorrupted
+from infra.storage import Store
+
+PUBLIC = ("run", "root", "report", "wall_seconds", "outcome", "error", "stages", "funnel", "truth", "scores", "exports")
+CURATION = ("download", "dedup", "quality", "buckets")
+
+
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run record that tools read."""
+    return {name: record.get(name) for name in PUBLIC}
+
+
+def summarise(store: Store, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Funnel, truth, scores, exports and report, as far as the stages that make them are there."""
+    report = _folder(store, artifacts.get("report"))
+    exports = _folder(store, artifacts.get("export"))
+    return {
+        "report": None if report is None else str(report / "report.html"),
+        "funnel": funnel(artifacts),
+        "truth": next((a.facts["truth"] for a in reversed(artifacts.values()) if "truth" in a.facts), {}),
+        "scores": _scores(store, artifacts.get("evaluate")),
+        "exports": {} if exports is None else {p.name: str(p) for p in sorted(exports.iterdir()) if p.is_dir()},
+    }
+
+
+def funnel(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Received, kept, errored and dropped by reason, over all curation stages."""
+    facts = [artifacts[name].facts for name in CURATION if name in artifacts]
+    facts = [each for each in facts if "received" in each]
+    if not facts:
+        return {}
+    dropped: Counter[str] = Counter()
+    for each in facts:
+        dropped.update(each.get("dropped", {}))
+    return {
+        "received": facts[0]["received"],
+        "kept": facts[-1]["kept"],
+        "errored": max(each.get("errored", 0) for each in facts),
+        "dropped": dict(sorted(dropped.items())),
+    }
+
+
+def _scores(store: Store, artifact: Artifact | None) -> dict[str, Any]:
+    folder = _folder(store, artifact)
+    if folder is None or not (folder / "scores.json").exists():
+        return {}
+    scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+    return scores.get("scores", scores)
+
+
+def _folder(store: Store, artifact: Artifact | None) -> Path | None:
+    if artifact is None:
+        return None
+    try:
+        return store.local(artifact)
+    except ArtifactCorrupted:
+        return None

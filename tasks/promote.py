@@ -1,0 +1,31 @@
+"""Stage function that lets a candidate checkpoint through its gate; the newest `promoted` artifact is the current model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from infra.config import Config
+from infra.errors import GateFailed
+from infra.stages import StageContext
+
+
+class PromoteConfig(Config):
+    """Nothing to set: the gates belong to `evaluate`."""
+
+
+def promote(config: PromoteConfig, ctx: StageContext) -> dict[str, Any]:  # noqa: ARG001 - one signature for all stages
+    """Point at the candidate, or refuse it when its evaluation missed a gate."""
+    candidate = ctx.parents["candidate"]
+    missed = missed_gates(ctx.parents["scores"].facts)
+    if missed:
+        raise GateFailed(f"checkpoint {candidate.stage!r} is not promoted: {'; '.join(missed)}; the model in use stays")
+    pointer = {"stage": candidate.stage, "digest": candidate.digest}
+    (ctx.out / "promoted.json").write_text(json.dumps(pointer, sort_keys=True))
+    return {"promoted": candidate.model_dump(mode="json")}
+
+
+def missed_gates(facts: dict[str, Any]) -> list[str]:
+    """The gates of an evaluation that were missed, in words."""
+    gates = facts.get("gates", [])
+    return [str(gate.get("message") or gate) for gate in gates if not gate.get("passed", True)]

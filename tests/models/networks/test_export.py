@@ -1,0 +1,112 @@
+"""Exported folders run with stock diffusers in a process that cannot import this repository, and give our pixels."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.networks import prx, text_encoder
+from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
+from models.networks.config import PrxConfig
+from models.networks.export import export_pipeline
+from models.sampling.generate import load_generator
+
+PROMPTS = ["a big apple on a blue background", "three cats, one below two others, on a plain green background"]
+
+STRANGER = """
+import json, sys
+import numpy as np, torch
+sys.path = [p for p in sys.path if p not in ("", sys.argv[4])]
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("flows", "tasks", "models", "data_curation", "infra"):
+            raise ImportError(name + " must not be needed")
+sys.meta_path.insert(0, Refuse())
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+pipe.set_progress_bar_config(disable=True)
+seen = []
+hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(float(k["timestep"][0])), with_kwargs=True)
+steps, guidance = json.loads(sys.argv[2])
+images = []
+for seed, prompt in enumerate(json.loads(sys.argv[5])):  # diffusers 0.42.1 cannot guide more than one prompt at a time
+    seen.clear()
+    images.append(pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
+                       generator=torch.Generator().manual_seed(seed), use_resolution_binning=False).images[0])
+np.save(sys.argv[3], (np.stack(images) * 255).round().astype(np.uint8))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "guidance"), [(8, 2.0), (4, 1.0), (1, 1.0)])
+def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: float) -> None:
+    config = PrxConfig(hidden_size=64, depth=2, num_heads=2, prompt_max_tokens=32)
+    generator = torch.Generator().manual_seed(0)
+    denoiser = prx.build(config, torch.randn(384, generator=generator), 0.5 + torch.rand(384, generator=generator), 0)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if not parameter.any():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    card = SamplingCard(steps=steps, guidance=guidance, prompt_max_tokens=32, distilled=guidance == 1.0)
+    write_checkpoint(tmp_path / "checkpoint", denoiser, card)
+    export_pipeline(tmp_path / "checkpoint", tmp_path / "export")
+    ours = load_generator(tmp_path / "checkpoint").sample(PROMPTS, [0, 1])
+
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    repository = str(Path(__file__).resolve().parents[3])
+    arguments = [tmp_path / "export", json.dumps([steps, guidance]), tmp_path / "out.npy", repository, json.dumps(PROMPTS)]
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.strip().splitlines()[-1])
+    assert seen == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6)
+    theirs = np.load(tmp_path / "out.npy")
+    assert theirs.shape == ours.shape
+    assert ours.std() > 10
+    assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
+
+
+def test_saved_denoiser_predicts_the_same_with_and_without_standardisation(tiny, batches, tmp_path: Path) -> None:
+    denoiser = tiny(0)
+    write_checkpoint(tmp_path, denoiser, SamplingCard())
+    batch, t = batches(0), torch.full((4,), 0.7)
+    expected = denoiser(batch.images, t, batch.tokens, batch.mask)[0]
+    folded = prx.load(tmp_path / "transformer")
+    unfolded = prx.load(tmp_path / "transformer", denoiser.text_mean, denoiser.text_std)
+    for loaded in (folded, unfolded):
+        torch.testing.assert_close(loaded(batch.images, t, batch.tokens, batch.mask)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_our_forward_is_the_stock_forward(tiny, batches) -> None:
+    denoiser, batch, t = tiny(0), batches(0), torch.tensor([0.1, 0.4, 0.8, 1.0])
+    text = (batch.tokens - denoiser.text_mean) / denoiser.text_std
+    stock = denoiser.transformer(batch.images, t, text, attention_mask=batch.mask).sample
+    ours, hidden = denoiser(batch.images, t, batch.tokens, batch.mask, hidden_layer=1)
+    assert torch.equal(ours, stock)
+    assert hidden is not None
+    assert hidden.shape == (4, 6, 32)
+
+
+def test_padding_beyond_the_mask_changes_nothing(tiny, batches) -> None:
+    denoiser, batch, t = tiny(0), batches(0), torch.full((4,), 0.5)
+    more = torch.cat([batch.tokens, torch.randn(4, 5, 16)], 1)
+    mask = torch.cat([batch.mask, torch.zeros(4, 5, dtype=torch.bool)], 1)
+    torch.testing.assert_close(
+        denoiser(batch.images, t, more, mask)[0], denoiser(batch.images, t, batch.tokens, batch.mask)[0]
+    )
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        read_card(tmp_path)
+
+
+def test_prompts_are_cleaned_as_the_pipeline_cleans_them() -> None:
+    assert text_encoder.clean("  a caf\u00c3\u00a9 &amp;amp; tea ") == "a caf\u00e9 & tea"

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from models.engine.loop import train
+from models.engine.config import OptimizerConfig, TrainConfig
+from models.personalization.config import LoraConfig
+from models.personalization.dreambooth import Pictures, mixed_batches
+from models.personalization.lora import adapter_tensors, add_lora, load_adapter, merge, save_adapter
+from models.pretraining.config import TimestepConfig
+from models.pretraining.flow_matching import FlowMatching
+
+CONFIG = LoraConfig(rank=4)
+
+
+def output(denoiser, batch):
+    with torch.no_grad():
+        return denoiser(batch.images, torch.full((4,), 0.5), batch.tokens, batch.mask)[0]
+
+
+def shake(denoiser) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_fresh_adapter_changes_no_bit(tiny, batches) -> None:
+    plain, adapted = tiny(0), tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    assert torch.equal(output(plain, batches(0)), output(adapted, batches(0)))
+
+
+def test_merged_weights_draw_what_the_adapter_draws(tiny, batches) -> None:
+    adapted = tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    shake(adapted)
+    merged = merge(adapted)
+    assert not torch.allclose(output(tiny(0), batches(0)), output(adapted, batches(0)), atol=1e-3)
+    torch.testing.assert_close(output(merged, batches(0)), output(adapted, batches(0)), atol=2e-5, rtol=1e-4)
+    assert merged.transformer.state_dict().keys() == tiny(0).transformer.state_dict().keys()
+
+
+def test_saved_adapter_loads_strictly(tiny, batches, tmp_path) -> None:
+    adapted = tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    shake(adapted)
+    save_adapter(adapted, CONFIG, tmp_path, {"base": "abc"})
+    again = tiny(0)
+    load_adapter(again, CONFIG, tmp_path)
+    assert torch.equal(output(again, batches(0)), output(adapted, batches(0)))
+    with pytest.raises(ValueError, match="keys do not match the base"):
+        load_adapter(tiny(0), LoraConfig(rank=4, targets=("gate_proj",)), tmp_path)
+    with pytest.raises(ValueError, match="has shape"):
+        load_adapter(tiny(0), LoraConfig(rank=2), tmp_path)
+
+
+def test_training_moves_the_adapter_and_not_the_base(tiny, batches, tmp_path) -> None:
+    adapted, base = tiny(0), tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    before = {k: v.clone() for k, v in adapter_tensors(adapted).items()}
+    config = TrainConfig(steps=3, batch_size=4, log_every=1, checkpoint_every=3, optimizer=OptimizerConfig(muon_lr=None))
+    train(FlowMatching(adapted, TimestepConfig()), batches, config, tmp_path)
+    assert any(not torch.equal(before[k], v) for k, v in adapter_tensors(adapted).items())
+    frozen = {n.replace(".base_layer", ""): p for n, p in adapted.named_parameters() if ".lora_" not in n}
+    assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters())
+
+
+def pictures(count: int, value: float) -> Pictures:
+    return Pictures(torch.full((count, 3, 8, 8), value), torch.zeros(count, 2, 16), torch.ones(count, 2).bool())
+
+
+def test_batch_mean_is_instance_loss_plus_weighted_prior_loss() -> None:
+    slots = tuple(range(8))
+    batch = mixed_batches(pictures(3, 1.0), pictures(5, -1.0), 0.25, slots, 0)(0)
+    own = batch.images[:, 0, 0, 0] > 0
+    assert own.tolist() == [True, False] * 4
+    assert batch.weight is not None
+    per_sample = torch.where(own, 3.0, 7.0)  # L(instance) = 3, L(prior) = 7
+    assert float((per_sample * batch.weight).mean()) == pytest.approx(3.0 + 0.25 * 7.0)
+    alone = mixed_batches(pictures(3, 1.0), pictures(0, 0.0), 1.0, slots, 0)(0)
+    assert alone.weight is not None
+    assert alone.weight.tolist() == [1.0] * 8
+
+
+def test_no_pictures_of_the_subject_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no instance pictures"):
+        mixed_batches(pictures(0, 0.0), pictures(2, 0.0), 1.0, (0,), 0)
+
+
+def test_a_rank_above_the_layers_is_an_error(tiny) -> None:
+    with pytest.raises(ValueError, match=r"lora.rank=64 exceeds the layers' smallest side 16"):
+        add_lora(tiny(0), LoraConfig(rank=64), 0)
