@@ -92,7 +92,9 @@ def short_caption(scene: Scene) -> str:
         case "three":
             what = f"three {_plural(first)}"
         case "beside":
-            what = f"two {_plural(first)} side by side" if first == last else f"{_article(first)} left of {_article(last)}"
+            what = (
+                f"two {_plural(first)} side by side" if first == last else f"{_article(first)} left of {_article(last)}"
+            )
         case "above":
             what = f"{_article(first)} above {_article(last)}"
         case corner:
@@ -100,29 +102,39 @@ def short_caption(scene: Scene) -> str:
     return f"{what} on a {scene.background} background"
 
 
+LONG_WORDINGS = {
+    "big": ("one large {first} fills most of the picture", "a single {first} is shown very big in the middle"),
+    "three": (
+        "three {many} are placed in a triangle, two in the upper half and one below them",
+        "you can count three {many}, two of them in a row and a third one underneath",
+    ),
+    "beside": (
+        "on the left side there is {a_first} and on the right side there is {a_last}",
+        "{a_last} stands on the right, with {a_first} to the left of it",
+    ),
+    "above": (
+        "{a_first} is in the upper half and {a_last} is in the lower half",
+        "{a_last} is below and {a_first} is right above it",
+    ),
+    "corner": (
+        "a little {first} sits near the {vertical} edge on the {horizontal}, and the rest is empty",
+        "apart from one small {first} in the {vertical} {horizontal} corner there is nothing else",
+    ),
+}
+
+
 def long_caption(scene: Scene, variant: int = 0) -> str:
     """The same facts as two or three sentences; four wordings."""
-    first, last, bg = scene.objects[0], scene.objects[-1], scene.background
-    match scene.layout:
-        case "big":
-            what = (f"one large {first} fills most of the picture",
-                    f"a single {first} is shown very big in the middle")[variant % 2]  # fmt: skip
-        case "three":
-            what = (f"three {_plural(first)} are placed in a triangle, two in the upper half and one below them",
-                    f"you can count three {_plural(first)}, two of them in a row and a third one underneath")[variant % 2]  # fmt: skip
-        case "beside":
-            what = (f"on the left side there is {_article(first)} and on the right side there is {_article(last)}",
-                    f"{_article(last)} stands on the right, with {_article(first)} to the left of it")[variant % 2]  # fmt: skip
-        case "above":
-            what = (f"{_article(first)} is in the upper half and {_article(last)} is in the lower half",
-                    f"{_article(last)} is below and {_article(first)} is right above it")[variant % 2]  # fmt: skip
-        case corner:
-            vertical, horizontal = corner.split()
-            what = (f"a little {first} sits near the {vertical} edge on the {horizontal}, and the rest is empty",
-                    f"apart from one small {first} in the {corner} corner there is nothing else")[variant % 2]  # fmt: skip
+    first, last, background = scene.objects[0], scene.objects[-1], scene.background
+    corner = scene.layout in CORNERS
+    vertical, horizontal = scene.layout.split() if corner else ("", "")
+    what = LONG_WORDINGS["corner" if corner else scene.layout][variant % 2].format(
+        first=first, many=_plural(first), a_first=_article(first), a_last=_article(last),
+        vertical=vertical, horizontal=horizontal,
+    )  # fmt: skip
     if (variant // 2) % 2:
-        return f"The whole background is plain {bg}. In this drawing {what}."
-    return f"This is a simple flat drawing: {what}. Behind everything lies an even {bg} background."
+        return f"The whole background is plain {background}. In this drawing {what}."
+    return f"This is a simple flat drawing: {what}. Behind everything lies an even {background} background."
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,7 +146,9 @@ def raster(name: str, side: int = RASTER_SIDE) -> Image.Image:
     image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
     scale = side / max(image.size)
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    return image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
 
 
 def _places(scene: Scene, width: int, height: int) -> list[tuple[str, float, float, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,9 @@ def summarise(store: Store, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
 
 
 def funnel(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Received, kept, errored and dropped by reason, over all curation stages."""
-    facts = [artifacts[name].facts for name in CURATION if name in artifacts]
-    facts = [each for each in facts if "received" in each]
-    if not facts:
-        return {}
-    dropped: Counter[str] = Counter()
-    for each in facts:
-        dropped.update(each.get("dropped", {}))
-    return {
-        "received": facts[0]["received"],
-        "kept": facts[-1]["kept"],
-        "errored": max(each.get("errored", 0) for each in facts),
-        "dropped": dict(sorted(dropped.items())),
-    }
+    """Received, kept, errored and dropped by reason; every manifest carries all rows, so the last one has it all."""
+    facts = [artifacts[name].facts for name in CURATION if name in artifacts and "received" in artifacts[name].facts]
+    return {name: facts[-1].get(name) for name in ("received", "kept", "errored", "dropped")} if facts else {}
 
 
 def _scores(store: Store, artifact: Artifact | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from infra.config import Config
 from models.evaluation.config import GateConfig, JudgeConfig
 
-__all__ = ["EvaluateConfig", "GateConfig", "JudgeConfig", "PromptSetConfig", "ReportConfig", "SubjectConfig"]
+__all__ = ["EvaluateConfig", "ExportConfig", "GateConfig", "JudgeConfig", "PromptSetConfig", "ReportConfig", "SubjectConfig"]
 
 PromptSetName = Literal["held_out_basic", "held_out_full", "training", "long"]
 
@@ -76,3 +76,9 @@ class ReportConfig(Config):
         default=None, description="Stages in the grid, in order; none given = all"
     )
     max_megabytes: float = Field(default=10.0, gt=0, description="The page must stay below this size")
+
+
+class ExportConfig(Config):
+    """Which checkpoints become pipelines is decided by the stage's inputs: a role is the name of a folder."""
+
+    name: str = Field(default="export", pattern=r"^[a-z0-9-]+$", description="Name of the stage")

@@ -1,10 +1,10 @@
-"""Stage `evaluate`: every checkpoint draws the same prompts with the same noise; judge, distances and gates say how well."""
+"""Stage `evaluate`: every checkpoint draws the same prompts with the same noise; the judge says what they show."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,141 +15,211 @@ from PIL import Image
 from data_curation.scenes import draw_batch
 from infra.errors import ConfigError, GateFailed
 from infra.stages import StageContext
-from models.evaluation.collapse import collapsed
-from models.evaluation.distances import kernel_distance
-from models.evaluation.diversity import diversity
-from models.evaluation.gates import Verdict, judge_gate
-from models.evaluation.intervals import Score, bootstrap, score, wilson
-from models.evaluation.judge import Judge
+from models.evaluation.gates import Verdict, judge_gate, paired_difference
+from models.evaluation.judge import SIDE, Judge, area_average
 from models.sampling.generate import load_generator
-from tasks.config import EvaluateConfig, PromptSetConfig, SubjectConfig
+from tasks.config import EvaluateConfig
 from tasks.evaluate_prompts import Prompts, grid_prompts, prompt_set, several_seeds, subject_prompts
+from tasks.evaluate_scores import (
+    Sheet,
+    class_drift,
+    label_of,
+    score_distance,
+    score_diversity,
+    score_set,
+    score_subject,
+)
 
 NOT_CHECKPOINTS = ("judge", "data", "truth", "source")
-SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
-HEADS = {"layout": "layout_accuracy", "object": "object_accuracy", "background": "colour_accuracy",
-         "shape": "shape_accuracy"}  # fmt: skip
-ALWAYS = ("grid", "diversity")
+GRID, DIVERSITY, REAL = "grid", "diversity", "real"
+CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt list, the side of its pictures, and who is asked (None: every checkpoint)."""
+
+    prompts: Prompts
+    side: int
+    stages: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint asked one list of prompts."""
+    """One checkpoint and one prompt list."""
 
     stage: str
     label: str
     folder: Path
-    prompts: Prompts
-    side: int
+    asked: Asked
     batch_size: int
 
 
-@dataclass
-class Sheet:
-    """What is known of one checkpoint: scores by metric, and the paired answers behind them."""
-
-    scores: dict[str, Score] = field(default_factory=dict)
-    answers: dict[str, np.ndarray] = field(default_factory=dict)
-    by_layout: dict[str, Score] = field(default_factory=dict)
-    collapse: dict[str, float] = field(default_factory=dict)
-    p_value: float | None = None
-
-
 def draw_job(job: Job) -> np.ndarray:
-    """Pictures uint8 [N, side, side, 3]; one thread, so that they do not depend on the machine's cores."""
+    """Pictures uint8 [N, side, side, 3]; on one thread, so that they do not depend on the machine's cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    prompts, side = job.asked.prompts, job.asked.side
     try:
         generator = load_generator(job.folder)
-        return generator.sample(
-            job.prompts.texts, job.prompts.seeds, width=job.side, height=job.side, batch_size=job.batch_size
-        )
+        return generator.sample(prompts.texts, prompts.seeds, width=side, height=side, batch_size=job.batch_size)
     finally:
         torch.set_num_threads(threads)
 
 
-def set_label(chosen: PromptSetConfig) -> str:
-    """Name of a prompt list in the files; also the suffix logic of its metrics."""
-    return chosen.name if chosen.side == 32 else f"{chosen.name}_{chosen.side}px"
-
-
-def plan_jobs(config: EvaluateConfig, checkpoints: dict[str, Path]) -> list[Job]:
-    """Every (checkpoint, list) pair; refuses names of stages that are not inputs."""
-    wanted = {stage for chosen in config.sets for stage in chosen.stages or ()}
-    wanted |= {name for subject in config.subjects for name in (subject.stage, subject.parent)}
-    if unknown := sorted(wanted - set(checkpoints)):
+def lists_of(config: EvaluateConfig) -> dict[str, Asked]:
+    """Every prompt list by its label."""
+    lists = {label_of(c): Asked(prompt_set(c.name, c.prompts, config.seed), c.side, c.stages) for c in config.sets}
+    if len(lists) < len(config.sets):
         raise ConfigError(
-            f"evaluate names stages {unknown} that are not its inputs {sorted(checkpoints)}; fix the names"
+            f"evaluate.sets asks twice for one of {sorted(lists)}; give every set once, with all its stages"
         )
-    lists: list[tuple[str, Prompts, int, tuple[str, ...] | None]] = [
-        (set_label(c), prompt_set(c.name, c.prompts, config.seed), c.side, c.stages) for c in config.sets
-    ]
-    lists.append(("grid", grid_prompts(config.grid_prompts, config.seed, config.subjects), 32, None))
+    lists[GRID] = Asked(grid_prompts(config.grid_prompts, config.seed, config.subjects), SIDE, None)
     if config.diversity_prompts:
         several = several_seeds(config.diversity_prompts, config.diversity_seeds, config.seed)
-        lists.append(("diversity", several, 32, None))
+        lists[DIVERSITY] = Asked(several, SIDE, None)
     for subject in config.subjects:
-        asked = subject_prompts(subject, config.seed)
-        lists.append((f"subject-{subject.stage}", asked, 32, (subject.stage, subject.parent)))
-    return [
-        Job(stage, label, folder, prompts, side, config.batch_size)
+        lists[f"subject-{subject.stage}"] = Asked(
+            subject_prompts(subject, config.seed), SIDE, (subject.stage, subject.parent)
+        )
+    return lists
+
+
+def refuse_unknown(config: EvaluateConfig, checkpoints: Mapping[str, Path]) -> None:
+    """Names of stages in the config must be inputs."""
+    named = {stage for chosen in config.sets for stage in chosen.stages or ()}
+    named |= {name for subject in config.subjects for name in (subject.stage, subject.parent)}
+    named |= {name for gate in config.gates for name in (gate.stage, gate.parent) if name is not None}
+    if unknown := sorted(named - set(checkpoints)):
+        raise ConfigError(f"evaluate names {unknown}, but its checkpoints are {sorted(checkpoints)}; fix the names")
+
+
+def draw_all(
+    config: EvaluateConfig, ctx: StageContext, lists: Mapping[str, Asked], checkpoints: Mapping[str, Path]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Stage -> label -> pictures; the longest lists are drawn first, dealt in turn so that workers end together."""
+    jobs = [
+        Job(stage, label, folder, asked, config.batch_size)
         for stage, folder in checkpoints.items()
-        for label, prompts, side, stages in lists
-        if stages is None or stage in stages
+        for label, asked in lists.items()
+        if asked.stages is None or stage in asked.stages
     ]
+    jobs.sort(key=lambda job: -len(job.asked.prompts) * job.asked.side**2)
+    drawn: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in checkpoints}
+    for start in range(0, len(jobs), CHUNKS):
+        part = jobs[start : start + CHUNKS]
+        for job, images in zip(part, ctx.fan_out(draw_job, part), strict=True):
+            drawn[job.stage][job.label] = images
+        ctx.progress(min(start + CHUNKS, len(jobs)), len(jobs), {})
+    return drawn
 
 
-def score_set(sheet: Sheet, judge: Judge, chosen: PromptSetConfig, prompts: Prompts, images: np.ndarray) -> None:
-    """Strict and per-head accuracies of one prompt list into the sheet."""
-    suffix = SUFFIX[chosen.name] + ("" if chosen.side == 32 else f"_{chosen.side}px")
-    verdict = judge.score(images, prompts.scenes)
-    named = {f"prompt_accuracy{suffix}": verdict["all"]}
-    named |= {f"{metric}{suffix}": verdict[head] for head, metric in HEADS.items()}
-    for metric, right in named.items():
-        sheet.answers[metric] = right
-        sheet.scores[metric] = wilson(right)
-    if suffix in ("", "_full"):
-        layouts = np.array([scene.layout for scene in prompts.scenes])
-        sheet.by_layout |= {str(name): wilson(verdict["all"][layouts == name]) for name in np.unique(layouts)}
+def real_pictures(lists: Mapping[str, Asked], seed: int) -> dict[str, np.ndarray]:
+    """Renders of every list's scenes: what a perfect model would draw."""
+    return {
+        label: draw_batch(asked.prompts.scenes, asked.side, seed + i) for i, (label, asked) in enumerate(lists.items())
+    }
 
 
-def score_subject(
-    sheet: Sheet, judge: Judge, prompts: Prompts, images: np.ndarray, config: EvaluateConfig, seed: int
-) -> None:
-    """Is the subject in the picture (judge), and how close are its features to real pictures of the same scene."""
-    right = judge.score(images, prompts.scenes)["all"]
-    sheet.answers["subject_accuracy"], sheet.scores["subject_accuracy"] = right, wilson(right)
-    own, real = judge.features(images), judge.features(draw_batch(prompts.scenes, 32, seed))
-    centre = real.mean(0)
-    own, real = own - centre, real - centre
-    cosine = (own * real).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(real, axis=1) + 1e-9)
-    rng = np.random.default_rng([seed, 3])
-    sheet.answers["subject_similarity"] = cosine
-    sheet.scores["subject_similarity"] = bootstrap((cosine,), lambda x: float(x.mean()), config.bootstrap, rng)
+def score_pictures(
+    config: EvaluateConfig, judge: Judge, lists: Mapping[str, Asked], drawn: Mapping[str, np.ndarray]
+) -> Sheet:
+    """Every score that one checkpoint's pictures (or the real ones) allow on their own."""
+    sheet = Sheet()
+    for i, chosen in enumerate(config.sets):
+        label = label_of(chosen)
+        if label not in drawn:
+            continue
+        prompts, side = lists[label].prompts, lists[label].side
+        score_set(sheet, judge, chosen, prompts, drawn[label], config)
+        if i == 0:
+            reals = [draw_batch(prompts.scenes, side, config.seed + 100 + k) for k in range(2)]
+            score_distance(sheet, judge, drawn[label], reals, config)
+    if DIVERSITY in drawn:
+        score_diversity(sheet, judge, drawn[DIVERSITY], config)
+    for label in drawn:
+        if label.startswith("subject-"):
+            score_subject(sheet, judge, lists[label].prompts, drawn[label], config)
+    return sheet
 
 
-def class_drift(child: np.ndarray, parent: np.ndarray, resamples: int) -> Score:
-    """Share of the parent's right answers that personalisation lost, paired; negative is a gain."""
-
-    def lost(own: np.ndarray, before: np.ndarray) -> float:
-        return float(1 - own.mean() / before.mean()) if before.any() else 0.0
-
-    return bootstrap((child, parent), lost, resamples, np.random.default_rng(4))
-
-
-def distances(
-    sheet: Sheet, judge: Judge, images: np.ndarray, reals: Sequence[np.ndarray], config: EvaluateConfig
-) -> None:
-    """Kernel distance to real renders of the same scenes, and the distance of two sets of such renders as its floor."""
-    reference, other = (judge.features(real) for real in reals)
-    rng = np.random.default_rng([config.seed, 6])
-    found = kernel_distance(judge.features(images), reference, config.bootstrap, rng)
-    floor = kernel_distance(other, reference, config.bootstrap, np.random.default_rng([config.seed, 7]))
-    sheet.scores["kernel_distance"], sheet.p_value = found.score, found.p_value
-    sheet.scores["kernel_distance_floor"] = floor.score
+def write_samples(out: Path, judge: Judge, grid: Asked, pictures: Mapping[str, np.ndarray]) -> None:
+    """The grid's pictures one by one, one sheet per stage, and grid.json that says what each should show."""
+    prompts = grid.prompts
+    for stage, images in pictures.items():
+        folder = out / "samples" / stage
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{i}-{prompts.seeds[i]}.png")
+        strip = np.concatenate(list(area_average(images, SIDE)), axis=1)
+        sheet = Image.fromarray(strip)
+        sheet.resize((sheet.width * 3, sheet.height * 3), Image.Resampling.NEAREST).save(
+            out / "samples" / f"{stage}.png"
+        )
+    right = {stage: judge.score(images, prompts.scenes)["all"].tolist() for stage, images in pictures.items()}
+    record = {"prompts": prompts.texts, "seeds": prompts.seeds, "scenes": [scene.id for scene in prompts.scenes],
+              "stages": list(pictures), "right": right}  # fmt: skip
+    (out / "grid.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def diversity_score(judge: Judge, images: np.ndarray, config: EvaluateConfig) -> Score:
-    """Within-prompt diversity of pictures ordered prompt by prompt."""
-    features = judge.features(images).reshape(config.diversity_prompts, config.diversity_seeds, -1)
-    return diversity(features, config.bootstrap, np.random.default_rng([config.seed, 8]))
+def parents_of(ctx: StageContext, stages: Mapping[str, Any]) -> dict[str, str]:
+    """Checkpoint -> the checkpoint it started from, by the artifacts' digests."""
+    by_digest = {ctx.parents[stage].digest: stage for stage in stages if stage in ctx.parents}
+    found = {}
+    for stage in stages:
+        digests = ctx.parents[stage].parents if stage in ctx.parents else ()
+        starts = [by_digest[digest] for digest in digests if digest in by_digest]
+        if starts:
+            found[stage] = starts[0]
+    return found
+
+
+def deltas(sheets: Mapping[str, Sheet], parents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Stage -> metric -> paired difference to the checkpoint it started from."""
+    return {
+        child: {
+            metric: paired_difference(values, sheets[parent].answers[metric])
+            for metric, values in sheets[child].answers.items()
+            if metric in sheets[parent].answers
+        }
+        for child, parent in parents.items()
+    }
+
+
+def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
+    """Draw, judge, compare; scores.json, grid.json and samples/ in the output, verdicts of the gates in the facts."""
+    checkpoints = {role: folder for role, folder in ctx.inputs.items() if role not in NOT_CHECKPOINTS}
+    refuse_unknown(config, checkpoints)
+    judge, lists = Judge.load(ctx.inputs["judge"]), lists_of(config)
+    drawn = draw_all(config, ctx, lists, checkpoints)
+    drawn[REAL] = real_pictures(lists, config.seed + 50)
+    sheets = {stage: score_pictures(config, judge, lists, pictures) for stage, pictures in drawn.items()}
+    first = f"prompt_accuracy{'' if config.sets[0].side == SIDE else f'_{config.sets[0].side}px'}"
+    for subject in config.subjects:
+        pair = [sheets[name].answers.get(first) for name in (subject.stage, subject.parent)]
+        if pair[0] is not None and pair[1] is not None:
+            sheets[subject.stage].scores["class_drift"] = class_drift(pair[0], pair[1], config.bootstrap)
+    real = sheets.pop(REAL)
+    parents = parents_of(ctx, sheets)
+    scores = {stage: sheet.scores for stage, sheet in sheets.items()}
+    answers = {stage: sheet.answers for stage, sheet in sheets.items()}
+    verdicts = [judge_gate(gate, scores, answers) for gate in config.gates]
+    record = {
+        "scores": scores, "real": real.scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts,
+        "detail": {stage: sheet.detail() for stage, sheet in sheets.items()}, "calibration": judge.calibration,
+        "sets": {label: {"prompts": len(a.prompts), "side": a.side} for label, a in lists.items()},
+    }  # fmt: skip
+    (ctx.out / "scores.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_samples(ctx.out, judge, lists[GRID], {stage: pictures[GRID] for stage, pictures in drawn.items()})
+    if config.strict_gates:
+        raise_missed(verdicts)
+    return {"scores": scores, "gates": verdicts, "checkpoints": len(checkpoints)}
+
+
+def raise_missed(verdicts: list[Verdict]) -> None:
+    """Stop here when a gate was missed."""
+    missed = [f"{v['stage']}.{v['metric']}: {v['reason']}" for v in verdicts if not v["passed"]]
+    if missed:
+        raise GateFailed(
+            f"{len(missed)} gate(s) missed: {'; '.join(missed)}; see scores.json, retrain or lower the gate"
+        )

@@ -6,17 +6,9 @@ import json
 import shutil
 from typing import Any
 
-from pydantic import Field
-
-from infra.config import Config
 from infra.stages import StageContext
 from models.networks.export import export_pipeline
-
-
-class ExportConfig(Config):
-    """Which checkpoints become pipelines: the roles among the stage's inputs are the names of the folders."""
-
-    name: str = Field(default="export", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+from tasks.config import ExportConfig
 
 
 def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:  # noqa: ARG001 - one signature for all stages

@@ -36,7 +36,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     refuse_distilled(ctx.inputs["init"], config.name)
     if config.subject not in demo.SUBJECT_OBJECTS:
         raise ConfigError(
-            f"personalize subject {config.subject!r} is not a demo subject; choose one of {sorted(demo.SUBJECT_OBJECTS)}"
+            f"personalize subject {config.subject!r} is unknown; choose one of {sorted(demo.SUBJECT_OBJECTS)}"
         )
     data = TrainingData(ctx.inputs["data"])
     card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": config.token})

@@ -84,9 +84,7 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
         assert isinstance(model, Denoiser)
         return model
 
-    return run_training(
-        objective, pair_batches(config, ctx), config.train, ctx, model_of, card, fixed_prompts(data)
-    )
+    return run_training(objective, pair_batches(config, ctx), config.train, ctx, model_of, card, fixed_prompts(data))
 
 
 def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]:

@@ -28,8 +28,10 @@ def ray_fan_out(function: Callable[[T], R], items: Sequence[T], /, num_cpus: int
     pending = [remote.remote(function, items[start : start + size]) for start in range(0, len(items), size)]
     try:
         return [result for chunk in pending for result in ray.get(chunk)]
-    except RayTaskError as error:
-        raise error.as_instanceof_cause() from None
-    finally:
-        for chunk in pending:
-            ray.cancel(chunk, force=False)
+    except BaseException as error:
+        _, running = ray.wait(pending, num_returns=len(pending), timeout=0)
+        for chunk in running:  # never a finished one: Ray 2.60 may abort the process
+            ray.cancel(chunk)
+        if isinstance(error, RayTaskError):
+            raise error.as_instanceof_cause() from None
+        raise

@@ -29,7 +29,7 @@ TRIES = 2  # executions of one job when its workers die
 MAX_RESTARTS = 20  # of the worker group in one run
 DIED = f"its worker processes died {TRIES} times, perhaps out of memory; lower batch_size or num_workers, then run again"
 POLL_SECONDS = 0.5
-STOP_SECONDS = 15.0
+STOP_SECONDS = 5.0
 ERRORS: dict[str, type[LifecycleError]] = {
     cls.__name__: cls for cls in (LifecycleError, ConfigError, DataRefused, GateFailed, ArtifactCorrupted)
 }
@@ -42,6 +42,7 @@ class Mailbox:
         self.jobs: list[str] = []
         self.outcomes: dict[int, dict[str, Any]] = {}
         self.begun: dict[int, set[str]] = {}
+        self.complaints: dict[int, dict[str, Any]] = {}
         self.progress: tuple[int, int, int, dict[str, float]] = (-1, 0, 0, {})
         self.closed = False
         self.changed = asyncio.Condition()
@@ -62,7 +63,7 @@ class Mailbox:
                         continue
                     begun = self.begun.setdefault(number, set())
                     if group not in begun and len(begun) >= TRIES:
-                        self.outcomes[number] = {"error": "LifecycleError", "message": DIED}
+                        self.outcomes[number] = self.complaints.get(number, {"error": "LifecycleError", "message": DIED})
                         self.changed.notify_all()
                         continue
                     begun.add(group)
@@ -80,6 +81,10 @@ class Mailbox:
         async with self.changed:
             self.outcomes.setdefault(number, outcome)
             self.changed.notify_all()
+
+    async def complain(self, number: int, outcome: dict[str, Any]) -> None:
+        """What to report if the next try fails too; the first complaint stays."""
+        self.complaints.setdefault(number, outcome)
 
     async def look(
         self, number: int, seconds: float
@@ -115,10 +120,13 @@ def serve_jobs(settings: dict[str, Any]) -> None:
     while (taken := ray.get(mailbox.take.remote(seen, group))) is not None:
         seen, text = taken
         outcome = _work(mailbox, seen, Job.model_validate_json(text), catalog, rank)
-        if rank == 0 or "error" in outcome:
-            ray.get(mailbox.finish.remote(seen, outcome))
-        if "error" in outcome and world > 1:  # the other ranks may wait for this one for ever
+        if "error" in outcome and world > 1:
+            # the other ranks may wait for this one for ever, and an unexpected error may only say that one of them died
+            tell = mailbox.complain if outcome["error"] == LifecycleError.__name__ else mailbox.finish
+            ray.get(tell.remote(seen, outcome))
             raise RuntimeError(f"job {seen} failed on rank {rank}; the worker group starts again")
+        if rank == 0:
+            ray.get(mailbox.finish.remote(seen, outcome))
 
 
 def _work(mailbox: Any, number: int, job: Job, catalog: Catalog, rank: int) -> dict[str, Any]:

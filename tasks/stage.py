@@ -114,6 +114,7 @@ def perform(
     forget_peak_memory()
     started = time.perf_counter()
     facts = _call(spec, function.run, function.config.model_validate(spec.config), context)
+    _wait_for_ranks()
     if rank != 0:
         return None
     facts = {**facts, **_measured(job, time.perf_counter() - started)}
@@ -145,6 +146,13 @@ def _use_threads(job: Job) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the stage imports torch
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
+
+
+def _wait_for_ranks() -> None:
+    """No rank may still use the scratch folder when rank 0 commits and removes it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _measured(job: Job, seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage functions that train with flow matching: pre-training, continued training, SFT. SPMD: every worker runs them."""
+"""Stage function that trains with flow matching: pre-training, continued training, SFT. SPMD: every worker runs it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tensorboardX import SummaryWriter
 from torch import nn
 
 from infra.stages import StageContext
@@ -59,10 +60,17 @@ def run_training(
             pictures = Generator(model_of(trainer), card).sample(prompts, list(range(len(prompts))))
             save_grid(pictures, grids / f"step-{step:06d}.png", columns=6)
 
+    events = SummaryWriter(str(ctx.scratch / "tensorboard")) if world()[0] == 0 else None
+
     def progress(done: int, total: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            if events is not None and name != "seconds":
+                events.add_scalar(f"{ctx.name}/{name}", value, done)
         ctx.progress(done, total, numbers)
 
     trainer = train(objective, batches, config, ctx.scratch, progress, draw)
+    if events is not None:
+        events.close()
     if world()[0] == 0:
         write_checkpoint(ctx.out, model_of(trainer), card)
         write_metrics(trainer.rows, ctx.out / "metrics.jsonl")

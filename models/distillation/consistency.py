@@ -66,8 +66,9 @@ class ConsistencyDistillation:
     @torch.no_grad()
     def after_step(self, step: int) -> None:  # noqa: ARG002
         """Move the target network towards the student."""
-        targets, students = list(self.target.parameters()), list(self.student.parameters())
-        torch._foreach_lerp_(targets, [p.detach() for p in students], 1 - self.config.target_decay)
+        targets = [p.detach() for p in self.target.parameters()]
+        students = [p.detach() for p in self.student.parameters()]
+        torch._foreach_lerp_(targets, students, 1 - self.config.target_decay)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The target network, for exact resume."""

@@ -15,7 +15,9 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decays")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of both optimizers")
     warmup_steps: int = Field(default=50, ge=0, description="Steps of linear warm-up")
-    decay_from: float = Field(default=0.5, ge=0, le=1, description="Share of the run after which the rate falls linearly")
+    decay_from: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the run after which the rate falls linearly"
+    )
     final_ratio: float = Field(default=0.01, ge=0, le=1, description="Learning rate at the last step over the peak")
     clip_norm: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are scaled down")
 
@@ -32,9 +34,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(
         default=200, ge=1, description="Steps between checkpoints", json_schema_extra={"versioned": False}
     )
-    sample_every: int | None = Field(
-        default=None, ge=1, description="Steps between grids of fixed prompts"
-    )
+    sample_every: int | None = Field(default=None, ge=1, description="Steps between grids of fixed prompts")
 
     @model_validator(mode="after")
     def _checkpoints_at_log_rows(self) -> TrainConfig:

@@ -28,7 +28,7 @@ MAX_SKIPPED = 20
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
 
 
@@ -93,7 +93,7 @@ class Trainer:
             norm, moved = self.optimizers[name].step(self.step)
             self.skipped = 0 if moved else self.skipped + 1
             if self.skipped >= MAX_SKIPPED:
-                raise TrainingDiverged(
+                raise TrainingDivergedError(
                     f"gradient of {name} was not finite in {MAX_SKIPPED} steps running up to step {self.step}; "
                     "lower the learning rate or clip_norm, or look for broken rows in the data"
                 )

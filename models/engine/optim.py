@@ -47,9 +47,7 @@ class PlayerOptimizer:
             matrices, others = [], matrices + others
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices and config.muon_lr is not None:
-            self.optimizers.append(
-                Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay)
-            )
+            self.optimizers.append(Muon(matrices, lr=config.muon_lr, momentum=0.95, weight_decay=config.weight_decay))
         if others:
             self.optimizers.append(
                 torch.optim.AdamW(

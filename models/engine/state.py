@@ -22,7 +22,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_state(folder: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+def save_state(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], meta: dict[str, Any]
+) -> None:
     """Commit `folder/step-N` (one safetensors per group + state.json with hashes) and drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"

@@ -1,4 +1,4 @@
-"""A checkpoint folder: the stock transformer and how to sample it. Every training stage writes one, every one reads it."""
+"""A checkpoint folder: the stock transformer and how to sample it. Every training stage writes one."""
 
 from __future__ import annotations
 

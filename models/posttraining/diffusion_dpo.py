@@ -1,7 +1,7 @@
 """Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908, eq. 14) for flow matching.
 
 e(x) = ||v(x_t) - (eps - x_0)||^2 with the same eps and t for both pictures of a pair;
-margin m = [e(w) - e_ref(w)] - [e(l) - e_ref(l)]; loss = -log sigmoid(-beta/2 m). At the start m = 0 and the loss is ln 2.
+margin m = [e(w) - e_ref(w)] - [e(l) - e_ref(l)]; loss = -log sigmoid(-beta/2 m), ln 2 at the start where m = 0.
 beta multiplies per-sample means here, so the config gives it per element: beta_mean = beta_per_element * 3HW.
 An anchor (flow matching on the preferred picture) keeps the winner's likelihood from falling with the loser's.
 Left out: per-timestep weights, automatic beta.
@@ -43,7 +43,7 @@ class DiffusionDpo:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Same t and eps for winner and loser; the reference's errors."""
         _, _, h, w = batch.images.shape
-        tokens = h * w // self.denoiser.transformer.config.patch_size ** 2
+        tokens = h * w // self.denoiser.transformer.config.patch_size**2
         t = sample_times(rng.uniform("time"), tokens, self.config.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         extra = dict(batch.extra, t=t, eps=eps)

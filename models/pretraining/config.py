@@ -65,6 +65,6 @@ class FlowMatchingConfig(Config):
     def _layer_exists(self) -> FlowMatchingConfig:
         if self.repa is not None and self.repa.layer >= self.network.depth:
             raise ValueError(
-                f"repa.layer={self.repa.layer} but the network has depth={self.network.depth} blocks (0-based); lower it"
+                f"repa.layer={self.repa.layer} but the network has depth={self.network.depth} blocks; lower it"
             )
         return self

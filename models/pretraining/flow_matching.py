@@ -1,7 +1,7 @@
 """Flow matching (Lipman et al. 2022, arXiv:2210.02747) on straight paths: x_t = (1-t) x_0 + t eps, v = eps - x_0.
 
-The network predicts x_0 (JiT, arXiv:2511.13720); the loss is on the velocity, i.e. the x_0 error divided by max(t, 0.05)
-- the very clamp the exported pipeline uses. Continuous t, no 1000-entry table; density and shift are separate options.
+The network predicts x_0 (JiT, arXiv:2511.13720); the loss is on the velocity: the x_0 error divided by max(t, 0.05),
+the very clamp the exported pipeline uses. Continuous t, no 1000-entry table; density and shift are separate options.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FlowMatching:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Draw t and eps and mix x_t."""
         _, _, height, width = batch.images.shape
-        tokens = (height * width) // self.denoiser.transformer.config.patch_size ** 2
+        tokens = (height * width) // self.denoiser.transformer.config.patch_size**2
         t = sample_times(rng.uniform("time"), tokens, self.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         return replace(batch, extra={**batch.extra, "t": t, "eps": eps, "x_t": noised(batch.images, eps, t)})

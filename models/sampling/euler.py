@@ -7,6 +7,7 @@ velocity with the clamp at 0.05; both choices are the pipeline's, so its pixels 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -27,8 +28,10 @@ def guided_x_0(
     null: tuple[torch.Tensor, torch.Tensor], guidance: float,
 ) -> torch.Tensor:  # fmt: skip
     """x_0 [B, 3, H, W] = uncond + guidance * (cond - uncond); `null` is the empty prompt's ([1, T, D], [1, T])."""
+    x_0: torch.Tensor
     if guidance == 1.0:
-        return denoiser(x_t, t, tokens, mask)[0]
+        x_0, _ = denoiser(x_t, t, tokens, mask)
+        return x_0
     b, length = len(x_t), max(tokens.shape[1], null[0].shape[1])
     both_tokens = torch.cat([_lengthened(null[0], length).expand(b, -1, -1), _lengthened(tokens, length)])
     both_masks = torch.cat([_lengthened(null[1], length).expand(b, -1), _lengthened(mask, length)])
@@ -59,7 +62,7 @@ def integrate(
 ) -> torch.Tensor:  # fmt: skip
     """From noise [B, 3, H, W] through all `times` to the picture."""
     x = noise
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         now, then = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
         x = euler_step(denoiser, x, now, then, tokens, mask, null, guidance)
     return x

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[10:51] == [1.0] * 41
     assert factors[-1] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(factors[50:], factors[51:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[50:]))
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:

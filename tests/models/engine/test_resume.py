@@ -52,7 +52,7 @@ def progressive(tiny: Callable[[int], Denoiser]) -> Objective:
     return ProgressiveDistillation(tiny(0), tiny(0), NULL, config)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a killed process."""
 
 
@@ -72,13 +72,13 @@ def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path)
     def dying_at(limit: int) -> Callable[[int], Batch]:
         def batch(step: int) -> Batch:
             if step == limit:
-                raise Killed
+                raise KilledError
             return batches(step)
 
         return batch
 
     for limit in (3, 7):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(make(tiny), dying_at(limit), CONFIG, tmp_path / "broken")
     resumed = train(make(tiny), batches, CONFIG, tmp_path / "broken")
 

@@ -30,7 +30,8 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
 pipe.set_progress_bar_config(disable=True)
 seen = []
-hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(float(k["timestep"][0])), with_kwargs=True)
+record = lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0]))
+pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
 steps, guidance = json.loads(sys.argv[2])
 images = []
 for seed, prompt in enumerate(json.loads(sys.argv[5])):  # diffusers 0.42.1 cannot guide more than one prompt at a time
@@ -60,7 +61,13 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
     script = tmp_path / "stranger.py"
     script.write_text(STRANGER)
     repository = str(Path(__file__).resolve().parents[3])
-    arguments = [tmp_path / "export", json.dumps([steps, guidance]), tmp_path / "out.npy", repository, json.dumps(PROMPTS)]
+    arguments = [
+        tmp_path / "export",
+        json.dumps([steps, guidance]),
+        tmp_path / "out.npy",
+        repository,
+        json.dumps(PROMPTS),
+    ]
     done = subprocess.run(
         [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, check=False
     )

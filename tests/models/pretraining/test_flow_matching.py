@@ -32,14 +32,22 @@ def test_loss_is_the_velocity_error_and_its_gradient_is_analytic() -> None:
     torch.testing.assert_close(guess.grad, 2 * (guess.detach() - x_0) / scale / x_0.numel())
 
 
-@pytest.mark.parametrize(("std", "density", "floor"), [
-    (1.0, "uniform", math.pi / 2), (1.0, "logit_normal", 1.7413), (0.5, "uniform", 0.7852), (0.5, "logit_normal", 0.8108),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("std", "density", "floor"),
+    [
+        (1.0, "uniform", math.pi / 2),
+        (1.0, "logit_normal", 1.7413),
+        (0.5, "uniform", 0.7852),
+        (0.5, "logit_normal", 0.8108),
+    ],
+)
 def test_optimal_predictor_on_gaussian_data_reaches_the_irreducible_loss(std, density, floor) -> None:
     """Data N(0, s^2): E[x_0 | x_t] is linear and the loss is s^2 / ((1-t)^2 s^2 + t^2), averaged over the density."""
     generator = torch.Generator().manual_seed(0)
     n = 400_000
-    t = sample_times(torch.rand(n, generator=generator, dtype=torch.float64), 64, TimestepConfig(density=density)).double()
+    t = sample_times(
+        torch.rand(n, generator=generator, dtype=torch.float64), 64, TimestepConfig(density=density)
+    ).double()
     x_0 = std * torch.randn(n, generator=generator, dtype=torch.float64)
     eps = torch.randn(n, generator=generator, dtype=torch.float64)
     x_t = (1 - t) * x_0 + t * eps
@@ -123,6 +131,7 @@ def test_a_repa_layer_beyond_the_network_is_refused() -> None:
 def test_times_follow_the_samples_own_token_count(tiny) -> None:
     objective = FlowMatching(tiny(0), TimestepConfig(base_tokens=4))
     slots = tuple(range(256))
+
     def mean_time(h: int, w: int) -> float:
         images = torch.zeros(256, 3, h, w)
         empty = Batch(images, torch.zeros(256, 1, 16), torch.ones(256, 1, dtype=torch.bool), slots)

@@ -1,0 +1,115 @@
+"""Is one picture a copy of another? Lucas-Kanade registration (1981) with scale, shift and one brightness gain.
+
+A perceptual hash only nominates: it cannot tell a cropped copy from the same motif drawn again. A copy becomes equal
+under a small crop and a brightness change; another drawing does not. Left out: rotation, mirroring, overlays.
+
+Shapes: P pairs, K x K thumbnail, 3 colours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SIDE = 48
+BLUR = 1.4  # px of the thumbnail; alignment needs slopes, not edges
+STEPS = 4
+MAX_MOVE = 0.05  # of the picture's side: the largest crop we undo
+MAX_LOG_ASPECT = 0.06
+SATURATED = 244
+MARGIN = 2
+BATCH = 64
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well two pictures agree once registered, one value a pair."""
+
+    residual: Floats  # rms difference, grey levels
+    relative: Floats  # the same over the rms slope of the first picture
+    move: Floats  # largest scale or shift that was undone, share of the side
+
+
+def thumbnail(picture: Image.Image) -> NDArray[np.uint8]:
+    """What registration looks at, [K, K, 3]."""
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.HAMMING))
+
+
+def register(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Agreement:
+    """Align each second thumbnail [P, K, K, 3] to its first."""
+    parts = [_register(_soft(first[i : i + BATCH]), _soft(second[i : i + BATCH])) for i in range(0, len(first), BATCH)]
+    columns = zip(*parts, strict=True) if parts else ((np.empty(0, np.float32),),) * 3
+    return Agreement(*(np.concatenate(column) for column in columns))
+
+
+def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
+    pairs = len(a)
+    move = np.zeros((pairs, 4), np.float32)  # scale x, scale y, shift x, shift y
+    best, best_move = np.full(pairs, np.inf, np.float32), move
+    for step in range(STEPS + 1):
+        warped = _warp(b, move)
+        gain, difference = _difference(a, warped)
+        inner = difference[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        rms = np.sqrt((inner**2).mean(axis=(1, 2, 3)))
+        best_move = np.where((rms < best)[:, None], move, best_move)
+        best = np.minimum(best, rms)
+        if step < STEPS:
+            slopes = _slopes(warped * gain)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN].reshape(pairs, 4, -1)
+            normal = slopes @ slopes.transpose(0, 2, 1)
+            normal += np.eye(4, dtype=np.float32) * (1 + 1e-3 * normal.diagonal(axis1=1, axis2=2)[:, None])
+            change = np.linalg.solve(normal, slopes @ inner.reshape(pairs, -1, 1))[..., 0]
+            move = np.clip(move + change, -MAX_MOVE, MAX_MOVE)
+    slope_x, slope_y = np.gradient(a, axis=2), np.gradient(a, axis=1)
+    slope = np.sqrt((slope_x**2 + slope_y**2).mean(axis=(1, 2, 3)))
+    return best, best / np.maximum(slope, 0.5), np.abs(best_move).max(axis=1)
+
+
+def _difference(a: Floats, warped: Floats) -> tuple[Floats, Floats]:
+    """Best gain [P, 1, 1, 1] and what it leaves; where either picture is saturated the other may be anything brighter."""
+    usable = (a < SATURATED) & (warped < SATURATED)
+    top = (warped * a * usable).sum(axis=(1, 2, 3))
+    bottom = (warped * warped * usable).sum(axis=(1, 2, 3))
+    enough = usable.mean(axis=(1, 2, 3)) > 0.1
+    gain = np.clip(np.where(enough, top / np.maximum(bottom, 1), 1), 0.8, 1.25)[:, None, None, None].astype(np.float32)
+    difference = a - gain * warped
+    excused = ((a >= SATURATED) & (difference < 0)) | ((warped >= SATURATED) & (gain < 1) & (difference > 0))
+    return gain, np.where(excused, np.float32(0), difference)
+
+
+def _warp(b: Floats, move: Floats) -> Floats:
+    across, down = _resampling(move[:, 0], move[:, 2]), _resampling(move[:, 1], move[:, 3])
+    p, k, _, c = b.shape
+    rows = (down @ b.reshape(p, k, k * c)).reshape(p, k, k, c)
+    return across[:, None] @ rows  # matrices act on the x axis of [P, y, x, colour]
+
+
+_GRID = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE - 0.5
+
+
+def _resampling(scale: Floats, shift: Floats) -> Floats:
+    """Linear interpolation at ((1 + scale) * x + shift) as matrices [P, K, K]."""
+    x = np.clip(((1 + scale[:, None]) * _GRID + shift[:, None] + 0.5) * SIDE - 0.5, 0, SIDE - 1)
+    return np.maximum(0, 1 - np.abs(x[:, :, None] - np.arange(SIDE, dtype=np.float32)))
+
+
+def _slopes(picture: Floats) -> Floats:
+    """Change of the picture per unit of each move, [P, 4, K, K, 3]."""
+    across, down = np.gradient(picture, axis=2) * SIDE, np.gradient(picture, axis=1) * SIDE
+    return np.stack([across * _GRID[None, None, :, None], down * _GRID[None, :, None, None], across, down], axis=1)
+
+
+_OFFSETS = np.arange(SIDE)[:, None] - np.arange(SIDE)
+_KERNEL = np.exp(-(_OFFSETS**2) / (2 * BLUR**2))
+_SOFTEN = (_KERNEL / _KERNEL.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _soft(thumbnails: NDArray[np.uint8]) -> Floats:
+    values = thumbnails.astype(np.float32)
+    p, k, _, c = values.shape
+    rows = (_SOFTEN @ values.reshape(p, k, k * c)).reshape(p, k, k, c)
+    return np.asarray(_SOFTEN @ rows, np.float32)

@@ -1,0 +1,108 @@
+"""What a checkpoint's pictures are worth: accuracies, distances, diversity, subject scores, collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_curation.scenes import draw_batch
+from models.evaluation.collapse import collapsed
+from models.evaluation.distances import kernel_distance
+from models.evaluation.diversity import diversity
+from models.evaluation.intervals import Score, bootstrap, wilson
+from models.evaluation.judge import SIDE, Judge
+from models.posttraining.reward import judge_reward
+from tasks.config import EvaluateConfig, PromptSetConfig
+from tasks.evaluate_prompts import Prompts
+
+SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
+HEADS = {
+    "layout": "layout_accuracy", "object": "object_accuracy", "background": "colour_accuracy", "shape": "shape_accuracy",
+}  # fmt: skip
+
+
+@dataclass
+class Sheet:
+    """What is known of one checkpoint: scores by metric, and the paired answers behind them."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    answers: dict[str, np.ndarray] = field(default_factory=dict)
+    by_layout: dict[str, dict[str, Score]] = field(default_factory=dict)
+    collapse: dict[str, float] = field(default_factory=dict)
+    p_value: float | None = None
+
+    def detail(self) -> dict[str, Any]:
+        """What stands beside the scores in scores.json."""
+        return {"by_layout": self.by_layout, "collapse": self.collapse, "kernel_distance_p_value": self.p_value}
+
+
+def label_of(chosen: PromptSetConfig) -> str:
+    """Name of a prompt list in files."""
+    return chosen.name if chosen.side == SIDE else f"{chosen.name}_{chosen.side}px"
+
+
+def mean_score(values: np.ndarray, config: EvaluateConfig, stream: int) -> Score:
+    """Mean of one number per picture with a bootstrap interval."""
+    rng = np.random.default_rng([config.seed, stream])
+    return bootstrap((values.astype(float),), lambda x: float(x.mean()), config.bootstrap, rng)
+
+
+def score_set(
+    sheet: Sheet, judge: Judge, chosen: PromptSetConfig, prompts: Prompts, images: np.ndarray, config: EvaluateConfig
+) -> None:
+    """Strict and per-head accuracies of one prompt list, and the reward that preference tuning raises."""
+    suffix = SUFFIX[chosen.name] + ("" if chosen.side == SIDE else f"_{chosen.side}px")
+    verdict = judge.score(images, prompts.scenes)
+    right = {f"prompt_accuracy{suffix}": verdict["all"]}
+    right |= {f"{metric}{suffix}": verdict[head] for head, metric in HEADS.items()}
+    reward = judge_reward(judge, images, prompts.scenes)
+    sheet.answers |= right | {f"reward{suffix}": reward}
+    sheet.scores |= {metric: wilson(values) for metric, values in right.items()}
+    sheet.scores[f"reward{suffix}"] = mean_score(reward, config, 2)
+    layouts = np.array([scene.layout for scene in prompts.scenes])
+    sheet.by_layout[label_of(chosen)] = {
+        str(name): wilson(verdict["all"][layouts == name]) for name in np.unique(layouts)
+    }
+    sheet.collapse[label_of(chosen)] = round(float(collapsed(images)["any"].mean()), 5)
+
+
+def score_subject(sheet: Sheet, judge: Judge, prompts: Prompts, images: np.ndarray, config: EvaluateConfig) -> None:
+    """Is the subject in the picture, and how close are its features to those of real pictures of the same scene."""
+    right = judge.score(images, prompts.scenes)["all"]
+    own, real = judge.features(images), judge.features(draw_batch(prompts.scenes, SIDE, config.seed + 2))
+    cosine = (own * real).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(real, axis=1) + 1e-9)
+    sheet.answers |= {"subject_accuracy": right, "subject_similarity": cosine}
+    sheet.scores["subject_accuracy"] = wilson(right)
+    sheet.scores["subject_similarity"] = mean_score(cosine, config, 3)
+
+
+def class_drift(child: np.ndarray, parent: np.ndarray, resamples: int) -> Score:
+    """Share of the parent's right answers to ordinary prompts that personalisation lost, paired; < 0 is a gain."""
+
+    def lost(own: np.ndarray, before: np.ndarray) -> float:
+        return float(1 - own.mean() / before.mean()) if before.any() else 0.0
+
+    return bootstrap((child, parent), lost, resamples, np.random.default_rng(4))
+
+
+def score_distance(
+    sheet: Sheet, judge: Judge, images: np.ndarray, reals: Sequence[np.ndarray], config: EvaluateConfig
+) -> None:
+    """Kernel distance to real renders of the same scenes; the distance of two sets of such renders is its floor."""
+    reference, other = (judge.features(real) for real in reals)
+    found = kernel_distance(
+        judge.features(images), reference, config.bootstrap, np.random.default_rng([config.seed, 6])
+    )
+    floor = kernel_distance(other, reference, config.bootstrap, np.random.default_rng([config.seed, 7]))
+    sheet.scores |= {"kernel_distance": found.score, "kernel_distance_floor": floor.score}
+    sheet.p_value = round(found.p_value, 5)
+
+
+def score_diversity(sheet: Sheet, judge: Judge, images: np.ndarray, config: EvaluateConfig) -> None:
+    """Within-prompt diversity of pictures ordered prompt by prompt."""
+    features = judge.features(images).reshape(config.diversity_prompts, config.diversity_seeds, -1)
+    rng = np.random.default_rng([config.seed, 8])
+    sheet.scores["diversity"] = diversity(features, config.bootstrap, rng)
