@@ -73,8 +73,18 @@ class DownloadConfig(Config):
 class DedupConfig(Config):
     """Drop copies: the same bytes, then pictures whose perceptual hashes are close and whose pixels agree."""
 
-    hash_size: int = Field(default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared.")
-    max_distance: int = Field(default=30, ge=0, le=200, description="Greatest Hamming distance of two copies.")
+    hash_size: int = Field(
+        default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared."
+    )
+    max_distance: int = Field(default=44, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
+    max_relative: float = Field(
+        default=0.2, gt=0, le=1,
+        description="Greatest difference of registered copies over their slopes; half of it at max_distance.",
+    )  # fmt: skip
+    max_tint: float = Field(default=2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
+    sure_distance: int = Field(default=10, ge=0, le=200, description="Hash distance of pictures saved again.")
+    sure_residual: float = Field(default=6.5, gt=0, le=255, description="Their greatest difference, grey levels.")
+    sure_tint: float = Field(default=5, gt=0, le=255, description="Their greatest difference of flat colours.")
 
 
 class QualityConfig(Config):
@@ -82,10 +92,15 @@ class QualityConfig(Config):
 
     min_side: int = Field(default=64, ge=8, description="Least width and height, px (reason too_small).")
     max_aspect: float = Field(default=2.2, ge=1, description="Greatest long side / short side (reason odd_aspect).")
-    max_blur: float = Field(default=0.6, ge=0, le=1, description="Greatest blur score (reason blurred).")
+    max_blur: float = Field(default=0.5, ge=0, le=1, description="Greatest blur score (reason blurred).")
     min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
-    min_contrast: float = Field(default=4, ge=0, description="Least deviation of grey values (reason no_content).")
+    min_contrast: float = Field(default=1.5, ge=0, description="Least deviation of grey values (reason no_content).")
     check_captions: bool = Field(default=True, description="Drop captions that the pictures contradict.")
+    caption_min_rows: int = Field(default=3_000, ge=100, description="Do not check captions of fewer rows.")
+    caption_min_explained: float = Field(
+        default=0.5, ge=0, le=1, description="Do not check captions if pictures explain less of their words."
+    )
+    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
 
 
 class ResolutionConfig(Config):

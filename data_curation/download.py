@@ -40,7 +40,9 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
     if not num_rows:
         raise DataRefused("download: the source has 0 rows; give a URL list or a folder with pictures")
     ctx.scratch.mkdir(parents=True, exist_ok=True)
-    targets = [(start, ctx.scratch / f"rows-{i:05d}.parquet") for i, start in enumerate(range(0, num_rows, config.shard_rows))]
+    targets = [
+        (start, ctx.scratch / f"rows-{i:05d}.parquet") for i, start in enumerate(range(0, num_rows, config.shard_rows))
+    ]
     missing = [(start, path) for start, path in targets if not path.exists()]
     if missing:
         with ExitStack() as stack:
@@ -51,7 +53,9 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
         shutil.copyfile(path, ctx.out / path.name)
     facts = funnel(read_manifest(ctx.out), num_rows)
     if not facts["kept"]:
-        raise DataRefused(f"download: none of {num_rows} rows gave a picture; reasons: {facts['errors'] | facts['dropped']}")
+        raise DataRefused(
+            f"download: none of {num_rows} rows gave a picture; reasons: {facts['errors'] | facts['dropped']}"
+        )
     return facts | {"shards": len(targets), "shards_reused": len(targets) - len(missing)}
 
 

@@ -83,7 +83,10 @@ def text_model_folder() -> Path:
 @functools.lru_cache(maxsize=1)
 def _text_encoder() -> tuple[Any, Any]:
     from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # the unused pooler is reported as unexpected
     folder = text_model_folder()
     model = BertModel.from_pretrained(folder, add_pooling_layer=False, use_safetensors=True).eval()
     return AutoTokenizer.from_pretrained(folder), model
@@ -164,8 +167,8 @@ def teacher_features(pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
 def fit(picture: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     """The picture cut to the bucket's shape around its centre and resized with antialiasing, [H, W, 3]."""
     scale = min(picture.width / width, picture.height / height)
-    left, top = (picture.width - width * scale) / 2, (picture.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
+    left, top = max(0.0, (picture.width - width * scale) / 2), max(0.0, (picture.height - height * scale) / 2)
+    box = (left, top, picture.width - left, picture.height - top)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
@@ -209,7 +212,9 @@ def _encode_pictures(rows: list[Row], ids: dict[str, int], config: EncodeConfig,
         for row_ids, images, features in (part[name] for part in parts if name in part):
             stored, taught = tensors.setdefault((width, height), ([], []))
             stored.append(images)
-            taught.append(np.empty((len(images), height // 4, width // 4, 0), np.float16) if features is None else features)
+            taught.append(
+                np.empty((len(images), height // 4, width // 4, 0), np.float16) if features is None else features
+            )
             for row_id in row_ids:
                 row, at = by_id[row_id], position.get((width, height), 0)
                 position[width, height] = at + 1

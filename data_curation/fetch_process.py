@@ -117,9 +117,7 @@ def main(spec_path: Path) -> None:
     config = DownloadConfig.model_validate(spec["config"])
     root = spec["root"]
     if root is None:
-        install_guard(
-            spec["pins"], config.allow_private, config.max_bytes, config.deadline_seconds, config.user_agent
-        )
+        install_guard(spec["pins"], config.allow_private, config.max_bytes, config.deadline_seconds, config.user_agent)
     parent = os.getppid()
     urls = pq.read_table(spec["urls"])
     for start, target in spec["shards"]:

@@ -18,7 +18,9 @@ def blur(grey: NDArray[np.float32]) -> float:
     """0 sharp to 1 blurred: how little of the variation between neighbours one more blur takes away."""
     scores = []
     for values in (grey, grey.T):
-        sums = np.cumsum(np.pad(values, ((0, 0), (REBLUR // 2 + 1, REBLUR // 2)), mode="edge"), axis=1, dtype=np.float64)
+        sums = np.cumsum(
+            np.pad(values, ((0, 0), (REBLUR // 2 + 1, REBLUR // 2)), mode="edge"), axis=1, dtype=np.float64
+        )
         blurred = (sums[:, REBLUR:] - sums[:, :-REBLUR]) / REBLUR
         before, after = np.abs(np.diff(values, axis=1)), np.abs(np.diff(blurred, axis=1))
         total = float(before.sum())

@@ -32,6 +32,7 @@ class Agreement:
 
     residual: Floats  # rms difference, grey levels
     relative: Floats  # the same over the rms slope of the first picture
+    tint: Floats  # largest median difference of a colour channel, grey levels: a flat area keeps its colour in a copy
     move: Floats  # largest scale or shift that was undone, share of the side
 
 
@@ -43,20 +44,21 @@ def thumbnail(picture: Image.Image) -> NDArray[np.uint8]:
 def register(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Agreement:
     """Align each second thumbnail [P, K, K, 3] to its first."""
     parts = [_register(_soft(first[i : i + BATCH]), _soft(second[i : i + BATCH])) for i in range(0, len(first), BATCH)]
-    columns = zip(*parts, strict=True) if parts else ((np.empty(0, np.float32),),) * 3
+    columns = zip(*parts, strict=True) if parts else ((np.empty(0, np.float32),),) * 4
     return Agreement(*(np.concatenate(column) for column in columns))
 
 
-def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
+def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     pairs = len(a)
     move = np.zeros((pairs, 4), np.float32)  # scale x, scale y, shift x, shift y
-    best, best_move = np.full(pairs, np.inf, np.float32), move
+    best, best_move, tint = np.full(pairs, np.inf, np.float32), move, np.zeros(pairs, np.float32)
     for step in range(STEPS + 1):
         warped = _warp(b, move)
         gain, difference = _difference(a, warped)
         inner = difference[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
         rms = np.sqrt((inner**2).mean(axis=(1, 2, 3)))
         best_move = np.where((rms < best)[:, None], move, best_move)
+        tint = np.where(rms < best, np.abs(np.median(inner, axis=(1, 2))).max(axis=1), tint)
         best = np.minimum(best, rms)
         if step < STEPS:
             slopes = _slopes(warped * gain)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN].reshape(pairs, 4, -1)
@@ -66,7 +68,7 @@ def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
             move = np.clip(move + change, -MAX_MOVE, MAX_MOVE)
     slope_x, slope_y = np.gradient(a, axis=2), np.gradient(a, axis=1)
     slope = np.sqrt((slope_x**2 + slope_y**2).mean(axis=(1, 2, 3)))
-    return best, best / np.maximum(slope, 0.5), np.abs(best_move).max(axis=1)
+    return best, best / np.maximum(slope, 0.5), tint, np.abs(best_move).max(axis=1)
 
 
 def _difference(a: Floats, warped: Floats) -> tuple[Floats, Floats]:

@@ -47,8 +47,9 @@ def decide(
     seconds = None if before is None else before.facts.get("seconds")
     waiting = [stage for stage in spec.inputs.values() if stage not in artifacts]
     if waiting:
-        state: Literal["RUN", "RUN?"] = "RUN" if force or changes(spec, {}, before) else "RUN?"
-        why = "forced" if force else "; ".join(changes(spec, {}, before)) or f"{waiting[0]} is made first"
+        differs = changes(spec, {}, before)
+        state: Literal["RUN", "RUN?"] = "RUN" if force or differs or before is None else "RUN?"
+        why = "forced" if force else "; ".join(differs) or f"{waiting[0]} is made first"
         return PlanRow(stage=spec.name, state=state, reason=why, seconds=seconds)
     digests = {role: artifacts[stage].digest for role, stage in spec.inputs.items()}
     key = stage_key(spec, digests)

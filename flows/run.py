@@ -116,6 +116,7 @@ class Run:
             if row.artifact is not None:
                 self._remember(spec, "reused", 0.0, row.artifact)
             return
+        inputs_of(spec, self.artifacts)
         assert row.key is not None  # every stage before has its artifact
         started = time.monotonic()
         fresh = row.state != "HIT"
@@ -133,7 +134,6 @@ class Run:
             return artifact.model_dump(mode="json")
 
         inputs = {role: self.entries.get(stage, {}).get("result") for role, stage in spec.inputs.items()}
-        inputs_of(spec, self.artifacts)
         result = call(spec, row.key, fresh, inputs, body)
         artifact = store.find(spec.name, row.key)
         if artifact is None:

@@ -27,5 +27,6 @@ def promote(config: PromoteConfig, ctx: StageContext) -> dict[str, Any]:  # noqa
 
 def missed_gates(facts: dict[str, Any]) -> list[str]:
     """The gates of an evaluation that were missed, in words."""
-    gates = facts.get("gates", [])
-    return [str(gate.get("message") or gate) for gate in gates if not gate.get("passed", True)]
+    return [
+        f"{gate['stage']}.{gate['metric']}: {gate['reason']}" for gate in facts.get("gates", []) if not gate["passed"]
+    ]

@@ -1,0 +1,86 @@
+"""Buckets: the nearest aspect ratio per training resolution, never enlarged; and the split. The last filter."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from data_curation.config import BucketsConfig, ResolutionConfig
+from data_curation.manifest import KEEP, Row, drop, funnel, read_manifest, write_manifest
+from data_curation.truth import score_truth
+
+if TYPE_CHECKING:
+    from infra.stages import StageContext
+
+SQUARE = 1.25  # pictures no longer than this train in a square-only resolution
+Bucket = tuple[int, int]  # width, height
+
+
+def assign_buckets(config: BucketsConfig, ctx: StageContext) -> dict[str, Any]:
+    """Give every kept row its buckets and split; with the demo's truth at hand, score the whole curation."""
+    rows = read_manifest(ctx.inputs["rows"])
+    for row in rows:
+        if row["decision"] == KEEP:
+            _assign(row, config)
+    write_manifest(rows, ctx.out)
+    kept = [row for row in rows if row["decision"] == KEEP]
+    facts = funnel(rows, len(rows)) | {
+        "buckets": dict(sorted(Counter(name for row in kept for name in row["buckets"]).items())),
+        "splits": dict(sorted(Counter(row["split"] for row in kept).items())),
+        "mean_crop_share": round(sum(row["crop_share"] for row in kept) / max(len(kept), 1), 4),
+    }
+    if "truth" in ctx.inputs and (ctx.inputs["truth"] / "truth.parquet").exists():
+        facts["truth"] = score_truth(rows, ctx.inputs["truth"])
+    return facts
+
+
+def bucket_sizes(resolution: ResolutionConfig, config: BucketsConfig) -> list[Bucket]:
+    """Buckets of a resolution: about side x side px for every ratio, both sides multiples of the patch."""
+    if resolution.aspects == "square":
+        return [(_round(resolution.side, config.patch), _round(resolution.side, config.patch))]
+    sizes = {
+        (_round(resolution.side * math.sqrt(r), config.patch), _round(resolution.side / math.sqrt(r), config.patch))
+        for r in config.ratios
+    }
+    return sorted(sizes)
+
+
+def nearest_bucket(width: int, height: int, sizes: list[Bucket]) -> Bucket:
+    """The bucket with the nearest log ratio."""
+    return min(sizes, key=lambda size: (abs(math.log(width / height) - math.log(size[0] / size[1])), size))
+
+
+def crop_share(width: int, height: int, bucket: Bucket) -> float:
+    """Share of the picture that is cut away to get the bucket's shape."""
+    scale = min(width / bucket[0], height / bucket[1])
+    return 1 - bucket[0] * bucket[1] * scale * scale / (width * height)
+
+
+def _assign(row: Row, config: BucketsConfig) -> None:
+    width, height = row["width"], row["height"]
+    names: list[str] = []
+    problems: list[str] = []
+    for resolution in sorted(config.resolutions, key=lambda r: r.side):
+        if resolution.aspects == "square" and max(width, height) > SQUARE * min(width, height):
+            continue
+        bucket = nearest_bucket(width, height, bucket_sizes(resolution, config))
+        cut = crop_share(width, height, bucket)
+        if not config.upscale and (width < bucket[0] or height < bucket[1]):
+            problems.append("too_small_for_bucket")
+        elif cut > config.max_crop:
+            problems.append("crop_too_large")
+        else:
+            names.append(f"{resolution.side}:{bucket[0]}x{bucket[1]}")
+            row["bucket_w"], row["bucket_h"], row["crop_share"] = bucket[0], bucket[1], round(cut, 4)
+    if not names:
+        drop(row, *(problems or ["no_bucket"]))
+        return
+    row["buckets"] = names
+    share = int.from_bytes(hashlib.sha256(row["row_id"].encode()).digest()[:8], "big") / 2**64
+    row["split"] = "validation" if share < config.validation_share else "train"
+
+
+def _round(value: float, patch: int) -> int:
+    return max(patch, round(value / patch) * patch)

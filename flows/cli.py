@@ -1,0 +1,249 @@
+"""The `t2i` command. Nothing heavy is imported before a command needs it: `t2i --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infra.errors import ConfigError, LifecycleError
+
+if TYPE_CHECKING:
+    from flows.config import LifecycleConfig
+
+app = typer.Typer(
+    name="t2i",
+    help="The whole life of a text-to-image model: curate, train, distil, judge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Annotated[Path, typer.Argument(help="YAML file, such as presets/demo.yaml")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change one value: --set pretrain.0.train.steps=500")]
+Root = Annotated[str | None, typer.Option(help="Where results are kept: folder, file:// or s3:// [default: the preset's]")]
+RunRoot = Annotated[str, typer.Option(help="Where results are kept")]
+RunName = Annotated[str, typer.Argument(help="Name of a run, or latest")]
+Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage although its result is there")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log of every part")]
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@app.command()
+def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Show the plan, then run every stage that has no result yet."""
+    from flows.dag import stage_specs
+    from flows.drive import run_lifecycle
+    from flows.plan import plan as make_plan
+    from infra.storage import open_store
+
+    config = _config(preset, set_, root)
+    rows = make_plan(stage_specs(config), open_store(config.run.root), force or ())
+    _say_plan(rows)
+    record = _interruptible(lambda: run_lifecycle(config, rows, force or [], _display()), config.run.root, as_json)
+    _finish(record, as_json)
+
+
+@app.command()
+def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Say which stages would run, and why; runs nothing."""
+    from flows.dag import stage_specs
+    from flows.display import plan_lines
+    from flows.plan import plan as make_plan
+    from infra.storage import open_store
+
+    config = _config(preset, set_, root)
+    rows = make_plan(stage_specs(config), open_store(config.run.root, create=False), force or ())
+    if as_json:
+        _print(json.dumps([row.model_dump(mode="json", exclude={"artifact"}) for row in rows]))
+    else:
+        _print("\n".join(plan_lines(rows)))
+
+
+@app.command()
+def status(name: Annotated[str | None, typer.Argument(help="Name of a run, or latest; none: all runs")] = None, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """List the runs, or one run's stages."""
+    from flows.display import run_lines, stage_lines
+    from infra.storage import open_store
+
+    store = open_store(root, create=False)
+    found: Any = store.list_runs() if name is None else store.read_run(name)
+    if as_json:
+        _print(json.dumps(found))
+    else:
+        _print("\n".join(run_lines(found) if name is None else stage_lines(found)))
+
+
+@app.command()
+def rerun(name: RunName, stage: Annotated[str, typer.Argument(help="Name of the stage")], force: Annotated[bool, typer.Option(help="Make it anew although its result is there")] = True, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Run one stage of a recorded run again, alone."""
+    from flows.drive import run_stage
+
+    _finish(_interruptible(lambda: run_stage(name, stage, force, root, _display()), root, as_json), as_json)
+
+
+@app.command()
+def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = False, browse: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Say where a run's report is; --json prints its scores."""
+    from flows.summary import public
+    from infra.storage import open_store
+
+    record = open_store(root, create=False).read_run(name)
+    if not as_json and not record.get("report"):
+        raise ConfigError(f"run {record['run']} has no report (outcome {record.get('outcome')}); finish it: t2i run PRESET")
+    _print(json.dumps(public(record)) if as_json else record["report"])
+    if browse:
+        typer.launch(record["report"])
+
+
+@app.command()
+def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Draw prompts with a checkpoint of a run."""
+    from flows.drive import draw
+
+    paths = draw(name, prompts, stage, seed, out, root)
+    _print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
+
+
+@app.command()
+def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:
+    """Say what is installed, what is wrong, and what to do."""
+    from flows.doctor import examine
+
+    findings = examine(root)
+    if as_json:
+        _print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        _print("\n".join(f"{finding.state:<5} {finding.what}: {finding.found}{finding.advice}" for finding in findings))
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root = None, port: Annotated[int, typer.Option(min=1024, max=65535)] = 4200, cron: Annotated[str, typer.Option(help="When nightly runs; empty: never")] = "0 2 * * *", debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+    """Serve Prefect's UI on this machine, with lifecycle, nightly and stage to start from it."""
+    from flows import deploy
+    from flows.prefect_server import home_of
+
+    config = _config(preset, set_, root)
+    deploy.up(config, home_of(config.run.root), port, cron or None)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="New folder")]) -> None:
+    """Write a preset to start from."""
+    from flows.config import LifecycleConfig
+
+    target = folder / "lifecycle.yaml"
+    if target.exists():
+        raise ConfigError(f"{target} is there already; choose another folder or edit that file")
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(yaml.safe_dump(LifecycleConfig(name="mine").model_dump(mode="json"), sort_keys=False))
+    _print(f"wrote {target}; next: t2i plan {target}")
+
+
+def _config(preset: Path, changes: list[str] | None, root: str | None) -> LifecycleConfig:
+    from flows.config import LifecycleConfig
+    from infra.config import load_yaml, parse
+
+    more = [f"run.root={json.dumps(root)}"] if root else []
+    return parse(LifecycleConfig, load_yaml(preset, [*(changes or []), *more]), str(preset))
+
+
+def _display() -> Any:
+    from flows.display import LineDisplay, LiveDisplay
+
+    return LiveDisplay() if sys.stderr.isatty() else LineDisplay()
+
+
+def _say_plan(rows: Any) -> None:
+    from flows.display import plan_lines
+
+    sys.stderr.write("\n".join(plan_lines(rows)) + "\n")
+
+
+def _interruptible(work: Any, root: str, as_json: bool) -> Mapping[str, Any]:
+    """Do the work; when it is interrupted or fails, still end with the record where JSON is wanted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        record: Mapping[str, Any] = work()
+    except BaseException:
+        if as_json:
+            from flows.summary import public
+            from infra.storage import open_store
+
+            runs = open_store(root).list_runs()
+            _print(json.dumps(public(runs[0]) if runs else {}))
+        raise
+    return record
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def _finish(record: Mapping[str, Any], as_json: bool) -> None:
+    from flows.display import clock
+    from flows.summary import public
+
+    if as_json:
+        _print(json.dumps(public(record)))
+        return
+    _print(f"run {record['run']}: {record['outcome']} in {clock(record['wall_seconds'])}")
+    if record.get("report"):
+        _print(f"report: {record['report']}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run the command; an error is one message and an exit code."""
+    debug = "--debug" in sys.argv
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        app()
+    except LifecycleError as error:
+        if debug:
+            raise
+        _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop(_go_on("interrupted"), 130)
+    except Exception as error:
+        if debug:
+            raise
+        _stop(f"{type(error).__name__}: {error}; run again with --debug for the traceback", LifecycleError.exit_code)
+    except BaseException as error:  # SIGTERM, as ours or as Prefect's TerminationSignal
+        if isinstance(error, SystemExit) or debug:
+            raise
+        _stop(_go_on("terminated"), 143)
+
+
+def _go_on(what: str) -> str:
+    return f"{what}; finished stages and checkpoints are kept. To go on: t2i {' '.join(sys.argv[1:])}"
+
+
+def _stop(message: str, code: int) -> None:
+    sys.stderr.write(f"t2i: {message}\n")
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The lifecycle as a Prefect flow: curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.config import LifecycleConfig
+from flows.dag import stage_specs
+from flows.display import current_display
+from flows.prefect_call import PrefectCall, flow_run_id
+from flows.run import Run
+
+
+@flow(name="lifecycle", flow_run_name="{config.name}", persist_result=False)
+def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str] = []) -> dict[str, Any]:  # noqa: B006
+    """Run every stage that has no artifact yet, or is in `force`; returns the record of the run."""
+    run = Run(
+        flow_run_id(config.name),
+        stage_specs(config),
+        config.run,
+        {"name": config.name, "config": config.model_dump(mode="json"), "force": force},
+        force=force,
+        display=current_display(),
+    )
+    return run.execute(PrefectCall(config.run.root))

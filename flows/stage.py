@@ -1,0 +1,32 @@
+"""One stage of a recorded run again, alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.config import LifecycleConfig
+from flows.dag import stage_specs
+from flows.display import current_display
+from flows.prefect_call import PrefectCall, flow_run_id
+from flows.run import Run
+from infra.config import parse
+from infra.storage import open_store
+
+
+@flow(name="stage", flow_run_name="{stage} of {run_id}", persist_result=False)
+def stage_flow(run_id: str = "latest", stage: str = "report", force: bool = True, root: str = "runs") -> dict[str, Any]:
+    """Run `stage` with the configuration recorded for `run_id`; stages before it are only looked up."""
+    return run_one(run_id, stage, force, root).execute(PrefectCall(root))
+
+
+def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:
+    """The run that executes one stage of a recorded one."""
+    recorded = open_store(root, create=False).read_run(run_id)
+    config = parse(LifecycleConfig, recorded["config"], f"the record of run {recorded['run']}")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
+    about = {"name": config.name, "config": recorded["config"], "rerun_of": recorded["run"], "force": [stage]}
+    forced = [stage] if force else []
+    new_id = flow_run_id(config.name)
+    return Run(new_id, stage_specs(config), config.run, about, forced, display=current_display(), only=stage)
