@@ -27,7 +27,9 @@ app = typer.Typer(
 
 Preset = Annotated[Path, typer.Argument(help="YAML file, such as presets/demo.yaml")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change one value: --set pretrain.0.train.steps=500")]
-Root = Annotated[str | None, typer.Option(help="Where results are kept: folder, file:// or s3:// [default: the preset's]")]
+Root = Annotated[
+    str | None, typer.Option(help="Where results are kept: folder, file:// or s3:// [default: the preset's]")
+]
 RunRoot = Annotated[str, typer.Option(help="Where results are kept")]
 RunName = Annotated[str, typer.Argument(help="Name of a run, or latest")]
 Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage although its result is there")]
@@ -100,7 +102,9 @@ def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = Fal
 
     record = open_store(root, create=False).read_run(name)
     if not as_json and not record.get("report"):
-        raise ConfigError(f"run {record['run']} has no report (outcome {record.get('outcome')}); finish it: t2i run PRESET")
+        raise ConfigError(
+            f"run {record['run']} has no report (outcome {record.get('outcome')}); finish it: t2i run PRESET"
+        )
     _print(json.dumps(public(record)) if as_json else record["report"])
     if browse:
         typer.launch(record["report"])
@@ -215,7 +219,9 @@ def main() -> None:
     """Run the command; an error is one message and an exit code."""
     debug = "--debug" in sys.argv
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
     try:
         app()

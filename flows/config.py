@@ -30,7 +30,9 @@ class RunConfig(Config):
     """Where a run keeps its results and what it runs on; none of it changes results."""
 
     root: str = Field(default="runs", description="Folder, file:// or s3:// address", json_schema_extra=UNVERSIONED)
-    resources: Resources = Field(default=Resources(), description="Processes and devices", json_schema_extra=UNVERSIONED)
+    resources: Resources = Field(
+        default=Resources(), description="Processes and devices", json_schema_extra=UNVERSIONED
+    )
     min_free_gb: float = Field(
         default=1.0, ge=0, description="Refuse to start with less free disk", json_schema_extra=UNVERSIONED
     )
@@ -44,11 +46,15 @@ class LifecycleConfig(Config):
     data: DataConfig = Field(default=DataConfig(), description="Curation")
     judge: JudgeConfig = Field(default=JudgeConfig(), description="The judge behind prompt accuracy")
     pretrain: tuple[FlowMatchingConfig, ...] = Field(
-        default=(FlowMatchingConfig(),), min_length=1, description="Pre-training and continued training, each from the last"
+        default=(FlowMatchingConfig(),),
+        min_length=1,
+        description="Pre-training and continued training, each from the last",
     )
     posttrain: PosttrainConfig = Field(default=PosttrainConfig(), description="SFT and preference tuning")
     personalize: tuple[DreamBoothConfig, ...] = Field(default=(), description="Subjects to learn")
-    personalize_from: str | None = Field(default=None, description="Stage they start from; null: the last of post-training")
+    personalize_from: str | None = Field(
+        default=None, description="Stage they start from; null: the last of post-training"
+    )
     distill: tuple[DistillConfig, ...] = Field(default=(), description="Students")
     distill_from: str | None = Field(default=None, description="Their teacher's stage; null: the last of post-training")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Scores and gates")
@@ -75,5 +81,7 @@ class LifecycleConfig(Config):
         for field in ("personalize_from", "distill_from"):
             start = getattr(self, field)
             if start is not None and start not in self.chain:
-                raise ValueError(f"{field}={start!r} is no stage of pre- or post-training; choose one of {list(self.chain)}")
+                raise ValueError(
+                    f"{field}={start!r} is no stage of pre- or post-training; choose one of {list(self.chain)}"
+                )
         return self

@@ -75,7 +75,8 @@ def distillation(config: LifecycleConfig) -> list[StageSpec]:
     """Students of one teacher."""
     teacher = config.distill_from or config.chain[-1]
     return [
-        spec_of(stage.name, "distill", seeded(stage, config.seed), data="encode", init=teacher) for stage in config.distill
+        spec_of(stage.name, "distill", seeded(stage, config.seed), data="encode", init=teacher)
+        for stage in config.distill
     ]
 
 

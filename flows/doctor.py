@@ -82,7 +82,9 @@ def _backport() -> bool:
 
 def _machine() -> list[Finding]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = [Finding("ok" if cpus > 1 else "note", "cpus", str(cpus), "" if cpus > 1 else "; two make the demo's times")]
+    found = [
+        Finding("ok" if cpus > 1 else "note", "cpus", str(cpus), "" if cpus > 1 else "; two make the demo's times")
+    ]
     import psutil
 
     memory = psutil.virtual_memory().available / 1e9

@@ -82,5 +82,7 @@ def model_in_use(store: Store, config: LifecycleConfig) -> Artifact:
 def _last(store: Store, stage: str) -> Artifact:
     found = history(store).get(stage)
     if found is None:
-        raise ConfigError(f"root {store.root} has no artifact of stage {stage!r}; run the whole lifecycle first: t2i run PRESET")
+        raise ConfigError(
+            f"root {store.root} has no artifact of stage {stage!r}; run the whole lifecycle first: t2i run PRESET"
+        )
     return found

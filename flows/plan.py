@@ -21,7 +21,9 @@ class PlanRow(Config):
     """One stage of a plan."""
 
     stage: str = Field(description="Name of the stage")
-    state: Literal["HIT", "RUN", "RUN?"] = Field(description="RUN?: an input is made first; an equal one would be a HIT")
+    state: Literal["HIT", "RUN", "RUN?"] = Field(
+        description="RUN?: an input is made first; an equal one would be a HIT"
+    )
     reason: str = Field(description="Why")
     seconds: float | None = Field(default=None, description="Time it took last")
     key: str | None = Field(default=None, description="Content key, when every input is known")

@@ -28,7 +28,15 @@ QUIET = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # people read our lines, the UI has Prefect's
 }
-UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS", "CANCELLATION_CLEANUP", "REPOSSESSOR", "PAUSE_EXPIRATIONS")
+UNUSED_SERVICES = (
+    "SCHEDULER",
+    "LATE_RUNS",
+    "FOREMAN",
+    "TRIGGERS",
+    "CANCELLATION_CLEANUP",
+    "REPOSSESSOR",
+    "PAUSE_EXPIRATIONS",
+)
 PR_SET_PDEATHSIG = 1
 
 
@@ -60,7 +68,9 @@ class PrefectServer:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise LifecycleError(f"the Prefect server did not start: {' '.join(tail)}; {self.log} has more, try again")
+                raise LifecycleError(
+                    f"the Prefect server did not start: {' '.join(tail)}; {self.log} has more, try again"
+                )
             time.sleep(0.1)
         (self.home / STATE).write_text(json.dumps({"url": self.url, "pid": self.process.pid}))
 
@@ -85,7 +95,11 @@ def prefect_server(home: Path) -> Iterator[str]:
     url = given or (server.url if server else "")
     os.environ["PREFECT_API_URL"] = url
     try:
-        from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings  # slow, as the server is: both at once
+        from prefect.settings import (
+            PREFECT_API_URL,
+            PREFECT_HOME,
+            temporary_settings,
+        )  # slow, as the server is: both at once
 
         if server is not None:
             server.wait()

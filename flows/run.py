@@ -138,7 +138,9 @@ class Run:
         artifact = store.find(spec.name, row.key)
         if artifact is None:
             raise LifecycleError(f"stage {spec.name!r} ended without an artifact in {store.root}; run it again")
-        self._remember(spec, "ran" if fresh else "reused", time.monotonic() - started if fresh else 0.0, artifact, result)
+        self._remember(
+            spec, "ran" if fresh else "reused", time.monotonic() - started if fresh else 0.0, artifact, result
+        )
 
     def _remember(
         self, spec: StageSpec, status: str, seconds: float, artifact: Artifact, result: Record | None = None

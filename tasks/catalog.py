@@ -71,7 +71,15 @@ def spec_of(name: str, function: str, config: Config, /, **inputs: str) -> Stage
 def stage_function(name: str) -> StageFunction:
     """One stage function; only the process that runs it pays for its imports."""
     match name:
-        case "publish_demo_web" | "read_source" | "download" | "deduplicate" | "filter_quality" | "assign_buckets" | "encode":
+        case (
+            "publish_demo_web"
+            | "read_source"
+            | "download"
+            | "deduplicate"
+            | "filter_quality"
+            | "assign_buckets"
+            | "encode"
+        ):
             return _curation(name)
         case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "distill":
             return _training(name)

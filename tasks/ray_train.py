@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 TRIES = 2  # executions of one job when its workers die
 MAX_RESTARTS = 20  # of the worker group in one run
-DIED = f"its worker processes died {TRIES} times, perhaps out of memory; lower batch_size or num_workers, then run again"
+DIED = (
+    f"its worker processes died {TRIES} times, perhaps out of memory; lower batch_size or num_workers, then run again"
+)
 POLL_SECONDS = 0.5
 STOP_SECONDS = 5.0
 ERRORS: dict[str, type[LifecycleError]] = {
@@ -63,7 +65,9 @@ class Mailbox:
                         continue
                     begun = self.begun.setdefault(number, set())
                     if group not in begun and len(begun) >= TRIES:
-                        self.outcomes[number] = self.complaints.get(number, {"error": "LifecycleError", "message": DIED})
+                        self.outcomes[number] = self.complaints.get(
+                            number, {"error": "LifecycleError", "message": DIED}
+                        )
                         self.changed.notify_all()
                         continue
                     begun.add(group)

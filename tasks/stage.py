@@ -54,7 +54,9 @@ def inputs_of(spec: StageSpec, artifacts: Mapping[str, Artifact]) -> dict[str, A
     """Role -> artifact, from the artifacts of the stages before."""
     missing = sorted({stage for stage in spec.inputs.values() if stage not in artifacts})
     if missing:
-        raise LifecycleError(f"stage {spec.name!r} needs the artifacts of {missing}, which are not there; run them first")
+        raise LifecycleError(
+            f"stage {spec.name!r} needs the artifacts of {missing}, which are not there; run them first"
+        )
     return {role: artifacts[stage] for role, stage in spec.inputs.items()}
 
 

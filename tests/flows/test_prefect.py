@@ -92,7 +92,10 @@ def _edges():
             time.sleep(0.2)
     names = {task.id: task.name for task in tasks}
     assert set(names.values()) == {"source", "judge", "pretrain", "sft", "report"}
-    return {task.name: {names[i.id] for each in task.task_inputs.values() for i in each if i.input_type == "task_run"} for task in tasks}
+    return {
+        task.name: {names[i.id] for each in task.task_inputs.values() for i in each if i.input_type == "task_run"}
+        for task in tasks
+    }
 
 
 def test_retry_of_a_failed_deployment_run_executes_only_the_failed_stage(server, counts, tmp_path):

@@ -48,7 +48,9 @@ def root(tmp_path):
 
 
 def run(toys, root, run_id="one", specs=None, **options):
-    return Run(run_id, specs or toys.toy_line(), RunConfig(root=root), {"name": "toy"}, catalog=toys.toy_function, **options)
+    return Run(
+        run_id, specs or toys.toy_line(), RunConfig(root=root), {"name": "toy"}, catalog=toys.toy_function, **options
+    )
 
 
 def digests(root):

@@ -42,7 +42,11 @@ def make(config: ToyConfig, ctx: StageContext) -> dict[str, Any]:
         raise GateFailed("toy gate: 0 < 1")
     doubled = ctx.fan_out(double, [config.value, *range(3)])
     (ctx.out / "value.json").write_text(json.dumps({"doubled": doubled, "inputs": read(ctx)}, sort_keys=True))
-    gates = [{"stage": "sft", "metric": "toy", "passed": False, "reason": "toy gate: 0 < 1"}] if config.gate == "report" else []
+    gates = (
+        [{"stage": "sft", "metric": "toy", "passed": False, "reason": "toy gate: 0 < 1"}]
+        if config.gate == "report"
+        else []
+    )
     return {"gates": gates, "value": config.value}
 
 
