@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from infra.config import Config
 
-_MACHINE = {"versioned": False}
+_MACHINE: dict[str, Any] = {"versioned": False}
 
 
 class DemoWebConfig(Config):

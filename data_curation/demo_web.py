@@ -31,7 +31,8 @@ SHARES: dict[Defect, float] = {
     "not_image": 0.06, "too_small": 0.08, "oversize": 0.02, "blurred": 0.07, "over_compressed": 0.06,
     "caption_mismatch": 0.07,
 }  # fmt: skip
-assert set(SHARES) == set(get_args(Defect)) and abs(sum(SHARES.values()) - 1) < 1e-9
+assert set(SHARES) == set(get_args(Defect))
+assert abs(sum(SHARES.values()) - 1) < 1e-9
 COPIES: tuple[Defect, ...] = ("exact_duplicate", "near_duplicate")
 OVERSIZE_SIDE = 7_000
 FORMATS = {"JPEG": ("jpg", "image/jpeg"), "PNG": ("png", "image/png"), "WEBP": ("webp", "image/webp")}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path

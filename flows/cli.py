@@ -42,7 +42,7 @@ class Terminated(BaseException):
 
 
 @app.command()
-def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Show the plan, then run every stage that has no result yet."""
     from flows.dag import stage_specs
     from flows.drive import run_lifecycle
@@ -57,7 +57,7 @@ def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None
 
 
 @app.command()
-def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Say which stages would run, and why; runs nothing."""
     from flows.dag import stage_specs
     from flows.display import plan_lines
@@ -73,7 +73,7 @@ def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = Non
 
 
 @app.command()
-def status(name: Annotated[str | None, typer.Argument(help="Name of a run, or latest; none: all runs")] = None, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def status(name: Annotated[str | None, typer.Argument(help="Name of a run, or latest; none: all runs")] = None, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """List the runs, or one run's stages."""
     from flows.display import run_lines, stage_lines
     from infra.storage import open_store
@@ -87,7 +87,7 @@ def status(name: Annotated[str | None, typer.Argument(help="Name of a run, or la
 
 
 @app.command()
-def rerun(name: RunName, stage: Annotated[str, typer.Argument(help="Name of the stage")], force: Annotated[bool, typer.Option(help="Make it anew although its result is there")] = True, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def rerun(name: RunName, stage: Annotated[str, typer.Argument(help="Name of the stage")], force: Annotated[bool, typer.Option(help="Make it anew although its result is there")] = True, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Run one stage of a recorded run again, alone."""
     from flows.drive import run_stage
 
@@ -95,7 +95,7 @@ def rerun(name: RunName, stage: Annotated[str, typer.Argument(help="Name of the 
 
 
 @app.command()
-def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = False, browse: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = False, browse: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False, debug: Debug = False) -> None:  # fmt: skip
     """Say where a run's report is; --json prints its scores."""
     from flows.summary import public
     from infra.storage import open_store
@@ -111,7 +111,7 @@ def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = Fal
 
 
 @app.command()
-def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Draw prompts with a checkpoint of a run."""
     from flows.drive import draw
 
@@ -134,7 +134,7 @@ def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) 
 
 
 @app.command()
-def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root = None, port: Annotated[int, typer.Option(min=1024, max=65535)] = 4200, cron: Annotated[str, typer.Option(help="When nightly runs; empty: never")] = "0 2 * * *", debug: Debug = False) -> None:  # fmt: skip # noqa: E501
+def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root = None, port: Annotated[int, typer.Option(min=1024, max=65535)] = 4200, cron: Annotated[str, typer.Option(help="When nightly runs; empty: never")] = "0 2 * * *", debug: Debug = False) -> None:  # fmt: skip
     """Serve Prefect's UI on this machine, with lifecycle, nightly and stage to start from it."""
     from flows import deploy
     from flows.prefect_server import home_of

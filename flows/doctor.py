@@ -56,7 +56,7 @@ def _packages() -> list[Finding]:
 def _traps() -> list[Finding]:
     found = []
     spec = importlib.util.find_spec("dataclasses")
-    if spec is not None and "site-packages" in str(spec.origin) or _backport():
+    if (spec is not None and "site-packages" in str(spec.origin)) or _backport():
         advice = "; it breaks Prefect's server: pip uninstall -y dataclasses"
         found.append(Finding("wrong", "dataclasses", "the Python 3.6 backport is installed", advice))
     try:

@@ -14,7 +14,7 @@ from flows.run import Run
 
 
 @flow(name="lifecycle", flow_run_name="{config.name}", persist_result=False)
-def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str] = []) -> dict[str, Any]:  # noqa: B006
+def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str] = []) -> dict[str, Any]:
     """Run every stage that has no artifact yet, or is in `force`; returns the record of the run."""
     run = Run(
         flow_run_id(config.name),

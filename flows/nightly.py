@@ -26,7 +26,7 @@ CURRENT, CANDIDATE = "current", "nightly"
 
 @flow(name="nightly", flow_run_name="nightly of {config.name}", persist_result=False)
 def nightly_flow(
-    config: LifecycleConfig = LifecycleConfig(),  # noqa: B008 - frozen; Prefect's form shows it
+    config: LifecycleConfig = LifecycleConfig(),
     max_loss: float = 0.02,
 ) -> dict[str, Any]:
     """Curate `config.data.source` as it is now, train on, promote unless prompt accuracy falls by more than `max_loss`."""

@@ -9,7 +9,15 @@ from pydantic import Field
 from infra.config import Config
 from models.evaluation.config import GateConfig, JudgeConfig
 
-__all__ = ["EvaluateConfig", "ExportConfig", "GateConfig", "JudgeConfig", "PromptSetConfig", "ReportConfig", "SubjectConfig"]
+__all__ = [
+    "EvaluateConfig",
+    "ExportConfig",
+    "GateConfig",
+    "JudgeConfig",
+    "PromptSetConfig",
+    "ReportConfig",
+    "SubjectConfig",
+]
 
 PromptSetName = Literal["held_out_basic", "held_out_full", "training", "long"]
 

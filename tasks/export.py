@@ -11,7 +11,7 @@ from models.networks.export import export_pipeline
 from tasks.config import ExportConfig
 
 
-def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:  # noqa: ARG001 - one signature for all stages
+def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:
     """One folder per input checkpoint; adapters ride along."""
     exports = {}
     for role, folder in sorted(ctx.inputs.items()):

@@ -14,7 +14,7 @@ class PromoteConfig(Config):
     """Nothing to set: the gates belong to `evaluate`."""
 
 
-def promote(config: PromoteConfig, ctx: StageContext) -> dict[str, Any]:  # noqa: ARG001 - one signature for all stages
+def promote(config: PromoteConfig, ctx: StageContext) -> dict[str, Any]:
     """Point at the candidate, or refuse it when its evaluation missed a gate."""
     candidate = ctx.parents["candidate"]
     missed = missed_gates(ctx.parents["scores"].facts)

@@ -9,6 +9,7 @@ which goes on from the checkpoints in its scratch folder.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import traceback
@@ -95,10 +96,8 @@ class Mailbox:
     ) -> tuple[dict[str, Any] | None, tuple[int, int, int, dict[str, float]]]:
         """The outcome of a job, waited for at most `seconds`, and the latest progress."""
         async with self.changed:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait_for(lambda: number in self.outcomes), seconds)
-            except TimeoutError:
-                pass
             return self.outcomes.get(number), self.progress
 
     async def close(self) -> None:

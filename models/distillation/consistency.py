@@ -39,7 +39,7 @@ class ConsistencyDistillation:
         """One player: the student."""
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[str]:  # noqa: ARG002
+    def turns(self, step: int) -> Sequence[str]:
         """The student moves in every step."""
         return ("student",)
 
@@ -56,7 +56,7 @@ class ConsistencyDistillation:
         target = torch.where((index == 1).view(-1, 1, 1, 1), x_s, target)
         return replace(batch, extra={"t": t, "x_t": x_t, "target": target})
 
-    def loss(self, player: str, batch: Batch) -> Loss:  # noqa: ARG002
+    def loss(self, player: str, batch: Batch) -> Loss:
         """sqrt(||f - target||^2 + c^2) - c per element."""
         x_0, _ = self.student(batch.extra["x_t"], batch.extra["t"], batch.tokens, batch.mask)
         c = self.config.huber
@@ -64,7 +64,7 @@ class ConsistencyDistillation:
         return Loss(distance.mean(), {"consistency": distance.detach().mean()})
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:  # noqa: ARG002
+    def after_step(self, step: int) -> None:
         """Move the target network towards the student."""
         targets = [p.detach() for p in self.target.parameters()]
         students = [p.detach() for p in self.student.parameters()]

@@ -39,7 +39,7 @@ class ProgressiveDistillation:
         """One player: the student."""
         return {"student": self.student}
 
-    def turns(self, step: int) -> Sequence[str]:  # noqa: ARG002
+    def turns(self, step: int) -> Sequence[str]:
         """The student moves in every step."""
         return ("student",)
 
@@ -54,7 +54,7 @@ class ProgressiveDistillation:
         x_e = euler_step(self.teacher, x_m, m, s, batch.tokens, batch.mask, self.null, self.config.guidance)
         return replace(batch, extra={"t": t, "x_t": x_t, "velocity": (x_t - x_e) * n})
 
-    def loss(self, player: str, batch: Batch) -> Loss:  # noqa: ARG002
+    def loss(self, player: str, batch: Batch) -> Loss:
         """||v_student - v*||^2."""
         t, x_t = batch.extra["t"], batch.extra["x_t"]
         x_0, _ = self.student(x_t, t, batch.tokens, batch.mask)

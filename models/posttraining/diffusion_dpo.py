@@ -36,7 +36,7 @@ class DiffusionDpo:
         """One player: the denoiser."""
         return {"denoiser": self.denoiser}
 
-    def turns(self, step: int) -> Sequence[str]:  # noqa: ARG002
+    def turns(self, step: int) -> Sequence[str]:
         """The denoiser moves in every step."""
         return ("denoiser",)
 
@@ -51,7 +51,7 @@ class DiffusionDpo:
             extra["reference"] = self._errors(self.reference, replace(batch, extra=extra))
         return replace(batch, extra=extra)
 
-    def loss(self, player: str, batch: Batch) -> Loss:  # noqa: ARG002
+    def loss(self, player: str, batch: Batch) -> Loss:
         """-log sigmoid(-beta/2 m) plus the anchor; parts tell whether winners got worse (an alarm when above 0)."""
         winner, loser = self._errors(self.denoiser, batch).chunk(2)
         winner_ref, loser_ref = batch.extra["reference"].chunk(2)

@@ -48,7 +48,7 @@ class FlowMatching:
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         return replace(batch, extra={**batch.extra, "t": t, "eps": eps, "x_t": noised(batch.images, eps, t)})
 
-    def loss(self, player: str, batch: Batch) -> Loss:  # noqa: ARG002 - one player
+    def loss(self, player: str, batch: Batch) -> Loss:
         """Mean squared velocity error (weighted per sample), plus REPA while it is active."""
         t, x_t = batch.extra["t"], batch.extra["x_t"]
         align = self.repa if self.repa is not None and batch.teacher is not None else None
