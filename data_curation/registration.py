@@ -96,7 +96,8 @@ _GRID = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE - 0.5
 def _resampling(scale: Floats, shift: Floats) -> Floats:
     """Linear interpolation at ((1 + scale) * x + shift) as matrices [P, K, K]."""
     x = np.clip(((1 + scale[:, None]) * _GRID + shift[:, None] + 0.5) * SIDE - 0.5, 0, SIDE - 1)
-    return np.maximum(0, 1 - np.abs(x[:, :, None] - np.arange(SIDE, dtype=np.float32)))
+    matrices: Floats = np.maximum(0, 1 - np.abs(x[:, :, None] - np.arange(SIDE, dtype=np.float32)))
+    return matrices
 
 
 def _slopes(picture: Floats) -> Floats:

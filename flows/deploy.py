@@ -37,6 +37,6 @@ def up(config: LifecycleConfig, home: Path, port: int = 4200, cron: str | None =
             stage_flow.to_deployment("stage", parameters={"root": config.run.root}, tags=["t2i"]),
         ]
         log.warning("Prefect serves lifecycle, nightly and stage at http://127.0.0.1:%d; Ctrl-C ends it", port)
-        serve(*deployments, pause_on_shutdown=False, print_starting_message=False, limit=1)
+        serve(*deployments, pause_on_shutdown=False, print_starting_message=False, limit=1)  # type: ignore[arg-type]
     finally:
         server.stop()

@@ -27,7 +27,7 @@ def summarise(store: Store, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
     return {
         "report": None if report is None else str(report / "report.html"),
         "funnel": funnel(artifacts),
-        "truth": next((a.facts["truth"] for a in reversed(artifacts.values()) if "truth" in a.facts), {}),
+        "truth": next((a.facts["truth"] for a in reversed(list(artifacts.values())) if "truth" in a.facts), {}),
         "scores": _scores(store, artifacts.get("evaluate")),
         "exports": {} if exports is None else {p.name: str(p) for p in sorted(exports.iterdir()) if p.is_dir()},
     }
@@ -44,7 +44,8 @@ def _scores(store: Store, artifact: Artifact | None) -> dict[str, Any]:
     if folder is None or not (folder / "scores.json").exists():
         return {}
     scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
-    return scores.get("scores", scores)
+    found: dict[str, Any] = scores.get("scores", scores)
+    return found
 
 
 def _folder(store: Store, artifact: Artifact | None) -> Path | None:

@@ -28,6 +28,7 @@ from tasks.evaluate_scores import (
     score_diversity,
     score_set,
     score_subject,
+    suffix_of,
 )
 
 NOT_CHECKPOINTS = ("judge", "data", "truth", "source")
@@ -194,7 +195,7 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     drawn = draw_all(config, ctx, lists, checkpoints)
     drawn[REAL] = real_pictures(lists, config.seed + 50)
     sheets = {stage: score_pictures(config, judge, lists, pictures) for stage, pictures in drawn.items()}
-    first = f"prompt_accuracy{'' if config.sets[0].side == SIDE else f'_{config.sets[0].side}px'}"
+    first = f"prompt_accuracy{suffix_of(config.sets[0])}"
     for subject in config.subjects:
         pair = [sheets[name].answers.get(first) for name in (subject.stage, subject.parent)]
         if pair[0] is not None and pair[1] is not None:

@@ -20,8 +20,11 @@ from tasks.evaluate_prompts import Prompts
 
 SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
 HEADS = {
-    "layout": "layout_accuracy", "object": "object_accuracy", "background": "colour_accuracy", "shape": "shape_accuracy",
-}  # fmt: skip
+    "layout": "layout_accuracy",
+    "object": "object_accuracy",
+    "background": "colour_accuracy",
+    "shape": "shape_accuracy",
+}
 
 
 @dataclass
@@ -44,6 +47,11 @@ def label_of(chosen: PromptSetConfig) -> str:
     return chosen.name if chosen.side == SIDE else f"{chosen.name}_{chosen.side}px"
 
 
+def suffix_of(chosen: PromptSetConfig) -> str:
+    """What a prompt list adds to its metrics' names."""
+    return SUFFIX[chosen.name] + ("" if chosen.side == SIDE else f"_{chosen.side}px")
+
+
 def mean_score(values: np.ndarray, config: EvaluateConfig, stream: int) -> Score:
     """Mean of one number per picture with a bootstrap interval."""
     rng = np.random.default_rng([config.seed, stream])
@@ -54,7 +62,7 @@ def score_set(
     sheet: Sheet, judge: Judge, chosen: PromptSetConfig, prompts: Prompts, images: np.ndarray, config: EvaluateConfig
 ) -> None:
     """Strict and per-head accuracies of one prompt list, and the reward that preference tuning raises."""
-    suffix = SUFFIX[chosen.name] + ("" if chosen.side == SIDE else f"_{chosen.side}px")
+    suffix = suffix_of(chosen)
     verdict = judge.score(images, prompts.scenes)
     right = {f"prompt_accuracy{suffix}": verdict["all"]}
     right |= {f"{metric}{suffix}": verdict[head] for head, metric in HEADS.items()}

@@ -15,7 +15,8 @@ from models.evaluation.intervals import Score, score
 
 def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Kernel matrix [N, M] of features [N, D] and [M, D]."""
-    return (x @ y.T / x.shape[1] + 1.0) ** 3
+    kernel: np.ndarray = (x @ y.T / x.shape[1] + 1.0) ** 3
+    return kernel
 
 
 def unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:

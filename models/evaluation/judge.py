@@ -123,7 +123,8 @@ def area_average(images: np.ndarray, side: int) -> np.ndarray:
     cells = np.arange(height)[None]
     weights = np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1) * side / height  # [side, S]
     averaged = np.einsum("ih,nhwc,jw->nijc", weights, images.astype(np.float32), weights, optimize=True)
-    return np.clip(np.rint(averaged), 0, 255).astype(np.uint8)
+    small: np.ndarray = np.clip(np.rint(averaged), 0, 255).astype(np.uint8)
+    return small
 
 
 def to_float(images: np.ndarray) -> Tensor:

@@ -165,7 +165,7 @@ def _train_network(
         torch.manual_seed(config.seed * 2 + (kind == "shape"))
         judge = Judge.build(vocabulary, config.width, config.feature_size, config.reject_above)
     network = judge.colour if kind == "colour" else judge.shape
-    network.train().to(memory_format=torch.channels_last)
+    network.train()
     pool, labels, partners = to_float(images), vocabulary.labels(scenes), Partners(scenes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
     half = config.batch_size // 2
@@ -184,11 +184,11 @@ def _train_network(
         logits = network(batch.contiguous(memory_format=torch.channels_last))
         loss, reject = _loss(logits, {name: value[good] for name, value in labels.items()}, half)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if step % 20 == 0 or step == config.updates - 1:
             progress(step + 1, config.updates, {"loss": float(loss.detach()), "reject": reject})
-    return network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+    return network.eval()
 
 
 def with_jpeg(images: np.ndarray, seed: int) -> np.ndarray:
