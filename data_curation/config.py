@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from infra.config import Config
 
@@ -142,3 +142,12 @@ class DataConfig(Config):
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _path_means_own_data(cls, value: Any) -> Any:
+        """A bare path is a folder of pictures or a URL list."""
+        if not isinstance(value, str):
+            return value
+        path = Path(value).expanduser()
+        return {"kind": "folder" if path.is_dir() else "list", "path": path}

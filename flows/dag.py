@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from data_curation.config import DataConfig, DemoWebConfig
+from data_curation.config import DataConfig
 from flows.config import LifecycleConfig
 from infra.config import Config
 from infra.stages import StageSpec
 from tasks.catalog import spec_of
 
 C = TypeVar("C", bound=Config)
+SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_folder"}
 
 
 def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
@@ -28,7 +29,7 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
 
 def curation(data: DataConfig) -> list[StageSpec]:
     """From URLs to a training set."""
-    function = "publish_demo_web" if isinstance(data.source, DemoWebConfig) else "read_source"
+    function = SOURCES[data.source.kind]
     return [
         spec_of("source", function, data.source),
         spec_of("download", "download", data.download, source="source"),

@@ -32,7 +32,8 @@ Catalog: TypeAlias = Callable[[str], StageFunction]
 
 TRAITS: dict[str, Traits] = {
     "publish_demo_web": Traits("source"),
-    "read_source": Traits("source"),
+    "read_list": Traits("source"),
+    "read_folder": Traits("source"),
     "download": Traits("manifest"),
     "deduplicate": Traits("manifest"),
     "filter_quality": Traits("manifest"),
@@ -73,7 +74,8 @@ def stage_function(name: str) -> StageFunction:
     match name:
         case (
             "publish_demo_web"
-            | "read_source"
+            | "read_list"
+            | "read_folder"
             | "download"
             | "deduplicate"
             | "filter_quality"
@@ -97,10 +99,10 @@ def _curation(name: str) -> StageFunction:
             from data_curation.demo_web import publish_demo_web
 
             return StageFunction(config.DemoWebConfig, publish_demo_web)
-        case "read_source":
-            from data_curation.sources import SourceConfig, read_source
+        case "read_list" | "read_folder":
+            from data_curation.sources import read_source
 
-            return StageFunction(SourceConfig, read_source)
+            return StageFunction(config.ListSource if name == "read_list" else config.FolderSource, read_source)
         case "download":
             from data_curation.download import download
 

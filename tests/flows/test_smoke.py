@@ -1,0 +1,64 @@
+"""The whole lifecycle at toy size through the command line: killed, resumed, reused, and changed in one value."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PRESET = Path(__file__).resolve().parents[2] / "presets" / "smoke.yaml"
+T2I = [str(Path(sys.executable).with_name("t2i"))]
+
+
+def command(*arguments: str, root: Path) -> Any:
+    done = subprocess.run(
+        [*T2I, *arguments, "--set", f"run.root={root}", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def kill_after(seconds: float, root: Path) -> None:
+    process = subprocess.Popen(
+        [*T2I, "run", str(PRESET), "--set", f"run.root={root}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def digests(run: dict[str, Any]) -> dict[str, str]:
+    return {stage["name"]: stage["digest"] for stage in run["stages"] if stage["name"] not in ("report",)}
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_path: Path) -> None:
+    straight = command("run", str(PRESET), root=tmp_path / "straight")
+    assert straight["outcome"] == "ok"
+    assert {stage["status"] for stage in straight["stages"]} == {"ran"}
+    assert Path(straight["report"]).stat().st_size > 10_000
+    assert {"teacher", "student-4", "student-1", "lora-robot"} <= set(straight["exports"])
+    funnel = straight["funnel"]
+    assert funnel["kept"] + funnel["errored"] + sum(funnel["dropped"].values()) == funnel["received"] == 160
+
+    for seconds in (18.0, 26.0):
+        kill_after(seconds, tmp_path / "broken")
+    resumed = command("run", str(PRESET), root=tmp_path / "broken")
+    assert "reused" in {stage["status"] for stage in resumed["stages"]}
+    assert digests(resumed) == digests(straight)
+
+    again = command("run", str(PRESET), root=tmp_path / "straight")
+    assert {stage["status"] for stage in again["stages"]} == {"reused"}
+
+    plan = command("plan", str(PRESET), "--set", "posttrain.dpo.beta_per_element=0.7", root=tmp_path / "straight")
+    untouched = {row["stage"] for row in plan if row["state"] == "HIT"}
+    assert untouched == {"source", "download", "dedup", "quality", "buckets", "encode", "judge", "pretrain-32",
+                         "pretrain-40", "sft", "pairs"}  # fmt: skip
