@@ -50,6 +50,7 @@ def export_pipeline(checkpoint: Path, folder: Path) -> None:
         noise_scale=1.0,
     )
     pipeline.save_pretrained(folder)
+    prx.forget_paths(folder)
     (folder / "sampling.json").write_text(card.model_dump_json(indent=2))
     if card.distilled:
         usage = {"steps": card.steps, "guidance_scale": 1.0, "use_resolution_binning": False}

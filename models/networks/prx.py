@@ -7,6 +7,7 @@ both are linear) and the hidden layer REPA asks for is returned.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -85,10 +86,20 @@ def save(denoiser: Denoiser, folder: Path) -> None:
         net.txt_in.bias.copy_(bias - (weight / denoiser.text_std) @ denoiser.text_mean)
     try:
         net.save_pretrained(folder)
+        forget_paths(folder)
     finally:
         with torch.no_grad():
             net.txt_in.weight.copy_(weight)
             net.txt_in.bias.copy_(bias)
+
+
+def forget_paths(folder: Path) -> None:
+    """Take this machine's paths out of the JSON files diffusers and transformers wrote; a digest must not know them."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
+            kept = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def load(folder: Path, text_mean: torch.Tensor | None = None, text_std: torch.Tensor | None = None) -> Denoiser:
