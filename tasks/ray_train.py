@@ -118,6 +118,8 @@ def serve_jobs(settings: dict[str, Any]) -> None:
 
     mailbox, catalog = settings["mailbox"], settings["catalog"]
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    for function in settings["functions"]:
+        catalog(function)
     group = ray.util.get_current_placement_group().id.hex()  # the same on all ranks, new after a restart
     seen = -1
     while (taken := ray.get(mailbox.take.remote(seen, group))) is not None:
@@ -154,10 +156,11 @@ def _work(mailbox: Any, number: int, job: Job, catalog: Catalog, rank: int) -> d
 class TrainingGroup:
     """The driver's end: starts the worker group in a thread when the first job comes, feeds it, shuts it down."""
 
-    def __init__(self, resources: Resources, catalog: Catalog, storage: str) -> None:
+    def __init__(self, resources: Resources, catalog: Catalog, storage: str, functions: tuple[str, ...] = ()) -> None:
         import ray
 
         self.resources, self.catalog, self.storage = resources, catalog, storage
+        self.functions = functions  # imported by the workers before their first job
         self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._fit, name="training-group", daemon=True)
@@ -200,7 +203,7 @@ class TrainingGroup:
         per_worker = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
         trainer = TorchTrainer(
             serve_jobs,
-            train_loop_config={"mailbox": self.mailbox, "catalog": self.catalog},
+            train_loop_config={"mailbox": self.mailbox, "catalog": self.catalog, "functions": self.functions},
             scaling_config=ScalingConfig(
                 num_workers=self.resources.num_workers, use_gpu=use_gpu, resources_per_worker=per_worker
             ),

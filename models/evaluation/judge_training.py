@@ -35,6 +35,9 @@ def perturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
     gain = corrupt.uniform(0.94, 1.06, (b, 1, 1, 1), generator)
     offset = corrupt.uniform(-0.03, 0.03, (b, c, 1, 1), generator)
     noise = torch.randn((b, c, h, w), generator=generator) * corrupt.uniform(0, 0.035, (b, 1, 1, 1), generator)
+    coarse = torch.randn((b, c, h // 2, w // 2), generator=generator)  # the faint texture that patch networks leave
+    coarse = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noise = noise + coarse * corrupt.uniform(0, 0.03, (b, 1, 1, 1), generator)
     return (pictures * gain + offset + noise).clamp(0, 1)
 
 

@@ -23,12 +23,17 @@ def command(*arguments: str, root: Path) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def kill_after(seconds: float, root: Path) -> None:
+def kill_when(stages_done: int, root: Path) -> None:
+    """SIGKILL the whole process tree once that many results exist, wherever the next stage then is."""
     process = subprocess.Popen(
         [*T2I, "run", str(PRESET), "--set", f"run.root={root}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    time.sleep(seconds)
+    deadline = time.monotonic() + 240
+    while len(list(root.glob("*/*/artifact.json"))) < stages_done and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.1)
+    time.sleep(0.4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -49,8 +54,8 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_p
     funnel = straight["funnel"]
     assert funnel["kept"] + funnel["errored"] + sum(funnel["dropped"].values()) == funnel["received"] == 160
 
-    for seconds in (18.0, 26.0):
-        kill_after(seconds, tmp_path / "broken")
+    for stages_done in (2, 7, 11):
+        kill_when(stages_done, tmp_path / "broken")
     resumed = command("run", str(PRESET), root=tmp_path / "broken")
     assert "reused" in {stage["status"] for stage in resumed["stages"]}
     assert digests(resumed) == digests(straight)
