@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check bench clean install
+.PHONY: demo test test-lifecycle check bench clean install
 
 install: $(STAMP)
 
@@ -30,6 +30,9 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/pytest
+
+test-lifecycle: $(STAMP)
+	$(BIN)/pytest -m lifecycle tests/flows
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config
 
@@ -26,7 +27,38 @@ class DemoWebConfig(Config):
     seed: int = Field(default=0, ge=0, description="Seed of the whole web.")
 
 
-class ListSource(Config):
+def fingerprint(path: Path) -> str | None:
+    """Digest of a file's bytes, or of a folder's names, sizes and times; None where there is nothing."""
+    path = path.expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for item in sorted(path.rglob("*")):
+        if item.is_file():
+            digest.update(f"{item.relative_to(path)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class OwnData(Config):
+    """Data at a path; its fingerprint is part of the stage key, so changed data is read again."""
+
+    path: Path = Field(description="Where the data lies.")
+    fingerprint: str | None = Field(
+        default=None, description="Digest of what lies at the path; None: taken when the configuration is read."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_fingerprint(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("fingerprint") is None and isinstance(data.get("path"), str | Path):
+            return data | {"fingerprint": fingerprint(Path(data["path"]))}
+        return data
+
+
+class ListSource(OwnData):
     """A list of picture URLs of your own."""
 
     kind: Literal["list"] = Field(default="list", description="Read a URL list.")
@@ -39,7 +71,7 @@ class ListSource(Config):
     limit: int | None = Field(default=None, ge=1, description="Read at most this many rows; None: all.")
 
 
-class FolderSource(Config):
+class FolderSource(OwnData):
     """A folder of pictures, each with an optional caption in a .txt file of the same name."""
 
     kind: Literal["folder"] = Field(default="folder", description="Read a folder of pictures.")

@@ -46,9 +46,9 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
     missing = [(start, path) for start, path in targets if not path.exists()]
     if missing:
         with ExitStack() as stack:
-            is_demo = (source / "web.parquet").exists()
-            pins = {HOST: stack.enter_context(serve(source, config.port))} if is_demo else {}
-            _fetch(missing, len(targets), pins, _folder_root(source), config, ctx)
+            own_web = (source / "web.parquet").exists()  # the demo web, or the pictures of a folder
+            pins = {HOST: stack.enter_context(serve(source, config.port))} if own_web else {}
+            _fetch(missing, len(targets), pins, config, ctx)
     for _, path in targets:
         shutil.copyfile(path, ctx.out / path.name)
     facts = funnel(read_manifest(ctx.out), num_rows)
@@ -59,13 +59,8 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
     return facts | {"shards": len(targets), "shards_reused": len(targets) - len(missing)}
 
 
-def _folder_root(source: Path) -> str | None:
-    described = source / "source.json"
-    return json.loads(described.read_text()).get("root") if described.exists() else None
-
-
 def _fetch(
-    missing: Sequence[tuple[int, Path]], num_shards: int, pins: dict[str, str], root: str | None,
+    missing: Sequence[tuple[int, Path]], num_shards: int, pins: dict[str, str],
     config: DownloadConfig, ctx: StageContext,
 ) -> None:  # fmt: skip
     processes: list[subprocess.Popen[bytes]] = []
@@ -75,7 +70,7 @@ def _fetch(
             mine = [(start, str(path)) for start, path in missing[i :: config.processes]]
             urls = str(ctx.inputs["source"] / "urls.parquet")
             spec.write_text(json.dumps(
-                {"config": config.model_dump(mode="json"), "pins": pins, "root": root, "urls": urls, "shards": mine}
+                {"config": config.model_dump(mode="json"), "pins": pins, "urls": urls, "shards": mine}
             ))  # fmt: skip
             command = [sys.executable, "-m", "data_curation.fetch_process", str(spec)]
             here = str(Path(__file__).parent.parent)

@@ -29,7 +29,7 @@ OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex")
 DROPPED = {"oversize", "opted_out"}  # sound answers that we do not want; everything else is an error
 PATTERNS = (
     (r"HTTP Error (\d+)", r"http_\1"), (r"X-Robots-Tag", "opted_out"),
-    (r"(?:<urlopen error )?(refused_address|oversize|truncated|timeout): .*", r"\1"),
+    (r"(?:<urlopen error )?(refused_address|unknown_host|oversize|truncated|timeout): .*", r"\1"),
     (r"timed out", "timeout"), (r"unknown url type|unknown_open|no host given|nonnumeric port|can't contain control", "bad_url"),
     (r"getaddrinfo|Name or service|No address|Temporary failure in name", "unknown_host"),
 )  # fmt: skip
@@ -97,34 +97,18 @@ def fetch_web(rows: list[Row], config: DownloadConfig) -> dict[str, Row]:
     return collector.verdicts
 
 
-def fetch_folder(rows: list[Row], root: Path, config: DownloadConfig) -> dict[str, Row]:
-    """Verdicts of pictures of a local folder; nothing outside it is read."""
-    verdicts = {}
-    for row in rows:
-        path = (root / row["url"].removeprefix("folder:///")).resolve()
-        if not path.is_relative_to(root.resolve()) or not path.is_file():
-            verdicts[row["row_id"]] = {"decision": ERROR, "reasons": ["file_not_found"]}
-        elif path.stat().st_size > config.max_bytes:
-            verdicts[row["row_id"]] = {"decision": DROP, "reasons": ["oversize"]}
-        else:
-            verdicts[row["row_id"]] = judge(path.read_bytes(), None, config)
-    return verdicts
-
-
 def main(spec_path: Path) -> None:
     """Fetch every shard of the spec that is not there yet; a shard is there when its file has its final name."""
     spec = json.loads(spec_path.read_text())
     config = DownloadConfig.model_validate(spec["config"])
-    root = spec["root"]
-    if root is None:
-        install_guard(spec["pins"], config.allow_private, config.max_bytes, config.deadline_seconds, config.user_agent)
+    install_guard(spec["pins"], config.allow_private, config.max_bytes, config.deadline_seconds, config.user_agent)
     parent = os.getppid()
     urls = pq.read_table(spec["urls"])
     for start, target in spec["shards"]:
         if os.getppid() != parent:
             raise SystemExit("the download stage is gone")
         rows = urls.slice(start, config.shard_rows).to_pylist()
-        verdicts = fetch_web(rows, config) if root is None else fetch_folder(rows, Path(root), config)
+        verdicts = fetch_web(rows, config)
         lost = {"decision": ERROR, "reasons": ["lost_by_downloader"]}
         partial = Path(target).with_suffix(".part")
         write_table([row | verdicts.get(row["row_id"], lost) for row in rows], ROWS_SCHEMA, partial)

@@ -1,4 +1,4 @@
-"""What img2dataset's urllib calls may reach: http(s) on public addresses, checked on every hop, in bounded time and size.
+"""What img2dataset's urllib calls may reach: http(s) on public addresses, on every hop, in bounded time and size.
 
 img2dataset calls `urllib.request.urlopen`; installing an opener in its process guards it without touching its code.
 Left out: robots.txt, per-host rates.
@@ -7,7 +7,6 @@ Left out: robots.txt, per-host rates.
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import socket
 import ssl
 import time
@@ -17,23 +16,23 @@ from email.message import Message
 from functools import partial
 from typing import Any
 
+from infra.errors import DataRefused
+from infra.net import public_addresses
+
 CHUNK_BYTES = 65_536
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A fetch that the guard stopped; the message starts with the reason."""
 
 
 def resolve(host: str, port: int, allow_private: bool) -> str:
-    """An address of `host` that may be reached; every one it has must be public, or a name could point both ways."""
-    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = sorted({str(info[4][0]) for info in infos})
-    for address in addresses:
-        ip = ipaddress.ip_address(address.split("%")[0])
-        mapped = getattr(ip, "ipv4_mapped", None) or ip
-        if not allow_private and (not mapped.is_global or mapped.is_multicast):
-            raise Refused(f"refused_address: {host} is {address}, not a public address")
-    return addresses[0]
+    """An address of `host` that may be reached."""
+    try:
+        return public_addresses(host, port, [host] if allow_private else [])[0]
+    except DataRefused as error:
+        reason = "refused_address" if error.__cause__ is None else "unknown_host"
+        raise RefusedError(f"{reason}: {error}") from error
 
 
 def _connect(connection: http.client.HTTPConnection, pins: Mapping[str, str], allow_private: bool) -> socket.socket:
@@ -79,18 +78,18 @@ class _Body:
     def read(self) -> bytes:
         declared = self.headers.get("Content-Length")
         if declared is not None and declared.isdigit() and int(declared) > self._max_bytes:
-            raise Refused(f"oversize: body of {declared} bytes, limit {self._max_bytes}")
+            raise RefusedError(f"oversize: body of {declared} bytes, limit {self._max_bytes}")
         parts: list[bytes] = []
         left = self._max_bytes + 1
         while part := self._response.read1(min(CHUNK_BYTES, left)):
             parts.append(part)
             left -= len(part)
             if not left:
-                raise Refused(f"oversize: body of more than {self._max_bytes} bytes")
+                raise RefusedError(f"oversize: body of more than {self._max_bytes} bytes")
             if time.monotonic() > self._deadline:
-                raise Refused("timeout: the whole fetch took too long")
+                raise RefusedError("timeout: the whole fetch took too long")
         if self._response.length:
-            raise Refused(f"truncated: {self._response.length} of the declared bytes did not come")
+            raise RefusedError(f"truncated: {self._response.length} of the declared bytes did not come")
         return b"".join(parts)
 
 

@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from data_curation.config import FolderSource, ListSource
+from data_curation.config import FolderSource, ListSource, fingerprint
 from data_curation.demo_web import HOST
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
 from infra.errors import ConfigError, DataRefused
@@ -29,6 +29,8 @@ def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[st
     """Write urls.parquet; for a folder also web.parquet, whose pictures go the same way as downloaded ones."""
     if not config.path.expanduser().exists():
         raise ConfigError(f"data.source.path={config.path} does not exist; give a URL list or a folder of pictures")
+    if config.fingerprint not in (None, fingerprint(config.path)):
+        raise DataRefused(f"source {config.path} changed since the run was planned; start a new run to plan with it")
     rows = _list_rows(config) if isinstance(config, ListSource) else _folder_rows(config, ctx.out)
     if not rows:
         raise DataRefused(f"source {config.path} has no pictures or URLs; supported files: {', '.join(sorted(TYPES))}")
@@ -46,19 +48,10 @@ def _row(ordinal: int, url: str, short: str, long: str, licence: str, domain: st
 
 def _list_rows(config: ListSource) -> list[Row]:
     path = config.path.expanduser()
-    match path.suffix.lower():
-        case ".parquet":
-            table = pq.read_table(path)
-        case ".csv":
-            table = pyarrow.csv.read_csv(path)
-        case ".jsonl" | ".json":
-            table = pyarrow.json.read_json(path)
-        case ".txt":
-            table = pa.table(
-                {config.url_column: [line.strip() for line in path.read_text().splitlines() if line.strip()]}
-            )
-        case other:
-            raise ConfigError(f"source {path} ends with {other!r}; give .parquet, .csv, .jsonl or .txt")
+    try:
+        table = _read_table(path, config.url_column)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataRefused(f"source {path} cannot be read: {error}; repair it or give another list") from error
     if config.url_column not in table.column_names:
         raise ConfigError(
             f"source {path} has no column {config.url_column!r}, only {table.column_names}; set url_column"
@@ -72,6 +65,21 @@ def _list_rows(config: ListSource) -> list[Row]:
     long, licence = column(config.long_caption_column), column(config.licence_column)
     number = len(urls) if config.limit is None else min(config.limit, len(urls))
     return [_row(i, urls[i], short[i], long[i], licence[i], config.domain) for i in range(number)]
+
+
+def _read_table(path: Path, url_column: str) -> pa.Table:
+    match path.suffix.lower():
+        case ".parquet":
+            return pq.read_table(path)
+        case ".csv":
+            return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+        case ".jsonl" | ".json":
+            return pyarrow.json.read_json(path)
+        case ".txt":
+            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+            return pa.table({url_column: pa.array([line for line in lines if line], pa.string())})
+        case other:
+            raise ConfigError(f"source {path} ends with {other!r}; give .parquet, .csv, .jsonl or .txt")
 
 
 def _folder_rows(config: FolderSource, out: Path) -> list[Row]:

@@ -22,6 +22,9 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     answers: dict[str, Answer]
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up early (a refused body) is no error of ours."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server

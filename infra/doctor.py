@@ -44,7 +44,7 @@ def diagnose(root: str | Path) -> list[Check]:
         _ports(),
         _network(),
     )
-    return [check for group in groups for check in group]
+    return [check._replace(fix="") if check.status == "ok" else check for group in groups for check in group]
 
 
 def _python() -> Iterator[Check]:

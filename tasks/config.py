@@ -80,6 +80,9 @@ class ReportConfig(Config):
     )
     dropped_examples: int = Field(default=10, ge=0, le=60, description="Pictures in each gallery of dropped rows")
     thumbnail_side: int = Field(default=72, ge=16, le=256, description="Longest side of a gallery picture in pixels")
+    command: str | None = Field(
+        default=None, description="Command shown on the page", json_schema_extra={"versioned": False}
+    )
     grid_columns: tuple[str, ...] | None = Field(
         default=None, description="Stages in the grid, in order; none given = all"
     )

@@ -2,61 +2,113 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from data_curation.manifest import read_manifest
+from data_curation.truth import score_truth
+from infra.errors import ConfigError
 from infra.stages import StageContext
 from tasks.config import ReportConfig
-from tasks.report_parts import curve, gallery, load_metrics
+from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
+from tasks.report_tables import (
+    funnel_rows,
+    funnel_summary,
+    grid_rows,
+    layout_rows,
+    lineage_rows,
+    score_rows,
+    versions,
+)
 
-CURATION = ("download", "dedup", "quality", "buckets")
 TEMPLATES = Path(__file__).parent / "templates"
+LARGEST_GRID = 400_000  # bytes of a training grid that is still shown
 
 
 def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
     """Write report.html and summary.json from the scores and the artifacts of every stage."""
     scores = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
-    checkpoints = [role for role in ctx.inputs if (ctx.inputs[role] / "sampling.json").exists()]
-    metrics = sorted({metric for stage in scores.get("scores", {}).values() for metric in stage})
-    funnel = {role: ctx.parents[role].facts.get("funnel", ctx.parents[role].facts) for role in CURATION}
-    truth = ctx.parents["buckets"].facts.get("truth", {}) if "buckets" in ctx.parents else {}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    page = environment.get_template("report.html").render(
-        title=config.title,
-        openmoji=config.data_source == "demo",
-        scores=scores.get("scores", {}),
-        metrics=metrics,
-        gates=scores.get("gates", []),
-        grids=[(path.stem, data_uri(path)) for path in sorted(ctx.inputs["scores"].glob("**/grid*.png"))],
-        curves=[(role, curve(load_metrics(ctx.inputs[role] / "metrics.jsonl"))) for role in sorted(checkpoints)],
-        growth=[(role, data_uri(path)) for role in sorted(checkpoints) for path in last_grid(ctx.inputs[role])],
-        funnel=funnel,
-        reasons=[(reason, number, pictures) for reason, number, pictures in gallery(config, ctx)],
-        truth=truth,
-        stages=[
-            {"name": role, "digest": artifact.digest, "parents": artifact.parents,
-             "seconds": artifact.facts.get("seconds")}
-            for role, artifact in sorted(ctx.parents.items())
-        ],
-    )  # fmt: skip
+    trained = [role for role, folder in ctx.inputs.items() if (folder / "sampling.json").exists()]
+    stages = [stage for stage in trained if stage in scores["scores"]]
+    stages += [stage for stage in scores["scores"] if stage not in stages]
+    funnel, truth = funnel_summary(ctx.parents), planted_truth(ctx)
+    page = render(config, ctx, scores, stages, trained, truth)
     size = len(page.encode()) / 1e6
     if size > config.max_megabytes:
-        raise ValueError(f"report is {size:.1f} MB, above max_megabytes={config.max_megabytes}; show fewer examples")
-    (ctx.out / "report.html").write_text(page)
-    summary = {"scores": scores.get("scores", {}), "funnel": funnel, "truth": truth, "gates": scores.get("gates", [])}
-    (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True))
-    return {"megabytes": round(size, 2), "checkpoints": len(checkpoints)}
+        raise ConfigError(
+            f"the report has {size:.1f} MB, report.max_megabytes is {config.max_megabytes:g}; "
+            "lower report.dropped_examples or evaluate.grid_prompts"
+        )
+    (ctx.out / "report.html").write_text(page, encoding="utf-8")
+    summary = {
+        "scores": scores["scores"], "real": scores.get("real", {}), "parents": scores.get("parents", {}),
+        "gates": scores.get("gates", []), "funnel": funnel, "truth": truth,
+    }  # fmt: skip
+    (ctx.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    return {"megabytes": round(size, 2), "checkpoints": len(trained), "truth": truth}
 
 
-def data_uri(path: Path) -> str:
-    """A PNG file as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def render(
+    config: ReportConfig, ctx: StageContext, scores: dict[str, Any], stages: list[str], trained: list[str], truth: Any
+) -> str:
+    """The page as text; every value goes through autoescape."""
+    grid_stages, grid = grid_rows(ctx.inputs["scores"], config.grid_columns)
+    columns, table = score_rows(scores, stages)
+    layouts, by_layout = layout_rows(scores, stages)
+    lineage = lineage_rows(ctx.parents)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    text: str = environment.get_template("report.html").render(
+        config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
+        by_layout=by_layout, gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
+        collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
+        curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),
+        refused=galleries(config, ctx), truth=truth, lineage=lineage, exports=exports_of(ctx),
+        seconds=sum(row["seconds"] for row in lineage), versions=versions(), provenance=provenance(ctx),
+    )  # fmt: skip
+    return text
 
 
-def last_grid(checkpoint: Path) -> list[Path]:
-    """The newest grid drawn while a stage trained, if it drew any."""
-    return sorted((checkpoint / "grids").glob("*.png"))[-1:]
+def planted_truth(ctx: StageContext) -> dict[str, Any]:
+    """What curation caught of the planted defects; empty for data of one's own."""
+    if "buckets" not in ctx.parents:
+        return {}
+    found: dict[str, Any] = ctx.parents["buckets"].facts.get("truth", {})
+    source = ctx.inputs.get("source")
+    if not found and source is not None and (source / "truth.parquet").exists():
+        found = score_truth(read_manifest(ctx.inputs["buckets"]), source)
+    return found
+
+
+def curves(ctx: StageContext, trained: list[str]) -> list[Curve]:
+    """Loss of every training stage that logged one."""
+    drawn = [curve(role, load_metrics(ctx.inputs[role] / "metrics.jsonl")) for role in trained]
+    return [line for line in drawn if line is not None]
+
+
+def training_grids(ctx: StageContext, trained: list[str]) -> list[dict[str, Any]]:
+    """The grids each stage drew while it trained, first to last."""
+    found = []
+    for role in trained:
+        paths = sorted((ctx.inputs[role] / "grids").glob("*.png"))
+        shown = [(path.stem, data_uri(path.read_bytes())) for path in paths if path.stat().st_size <= LARGEST_GRID]
+        if shown:
+            found.append({"stage": role, "grids": shown})
+    return found
+
+
+def exports_of(ctx: StageContext) -> list[str]:
+    """Folders of the export stage, where it is an input."""
+    folder = ctx.inputs.get("export")
+    return [] if folder is None else sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def provenance(ctx: StageContext) -> dict[str, Any]:
+    """Machine and Python of the scores."""
+    found: dict[str, Any] = ctx.parents["scores"].facts.get("provenance", {}) if "scores" in ctx.parents else {}
+    return found

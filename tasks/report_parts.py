@@ -1,4 +1,4 @@
-"""Pieces of the report: loss curves as inline SVG, galleries of rows that curation refused."""
+"""Pieces of the report that are pictures: loss curves as inline SVG, thumbnails, galleries of rows curation refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +20,101 @@ from tasks.config import ReportConfig
 WIDTH, HEIGHT = 320, 120
 
 
+@dataclass(frozen=True)
+class Example:
+    """A refused row: what it claimed to be, how it looks, and the row it copies."""
+
+    caption: str
+    url: str
+    picture: str | None = None
+    keeper: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """All rows refused for one reason, a few of them as examples."""
+
+    reason: str
+    decision: str
+    count: int
+    examples: list[Example] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A log-scaled curve over steps as SVG points, with its ends in numbers."""
+
+    name: str
+    points: str
+    first: float
+    last: float
+    low: float
+    high: float
+    steps: int
+
+
 def load_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl."""
+    """Rows of metrics.jsonl, none where a stage wrote none."""
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
-def curve(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Points of a log-scaled loss curve for an SVG polyline, with its end values; empty without rows."""
-    values = [(row["step"], row["loss"]) for row in rows if row.get("loss", 0) > 0]
+def curve(name: str, rows: list[dict[str, float]], metric: str = "loss") -> Curve | None:
+    """The curve of one metric; None when it has no positive value."""
+    values = [(row["step"], row[metric]) for row in rows if row.get(metric, 0) > 0]
     if not values:
-        return {"points": "", "first": None, "last": None}
-    logs = [math.log(loss) for _, loss in values]
+        return None
+    logs = [math.log(value) for _, value in values]
     low, high, end = min(logs), max(logs), values[-1][0]
-    points = [
-        f"{WIDTH * step / end:.1f},{HEIGHT * (1 - (value - low) / ((high - low) or 1)):.1f}"
-        for (step, _), value in zip(values, logs, strict=True)
-    ]
-    return {"points": " ".join(points), "first": values[0][1], "last": values[-1][1], "steps": int(end)}
+    spread = (high - low) or 1.0
+    points = " ".join(
+        f"{WIDTH * step / end:.1f},{HEIGHT * (1 - (log - low) / spread):.1f}"
+        for (step, _), log in zip(values, logs, strict=True)
+    )
+    return Curve(name, points, values[0][1], values[-1][1], math.exp(low), math.exp(high), int(end))
 
 
-def gallery(config: ReportConfig, ctx: StageContext) -> list[tuple[str, int, list[tuple[str, str]]]]:
-    """(reason, rows, [(caption, thumbnail data URI)]) of everything that was dropped or failed."""
-    if "buckets" not in ctx.inputs or "download" not in ctx.inputs:
-        return []
-    refused = [row for row in read_manifest(ctx.inputs["buckets"]) if row["decision"] != "keep"]
-    counts = Counter(row["reasons"][0] for row in refused)
-    wanted = defaultdict[str, list[dict[str, Any]]](list)
-    for row in refused:
-        if len(wanted[row["reasons"][0]]) < config.dropped_examples:
-            wanted[row["reasons"][0]].append(row)
-    ids = {str(row["row_id"]) for rows in wanted.values() for row in rows}
-    shown = {key: image for shard in shards(ctx.inputs["download"]) for key, image in pictures(shard, ids)}
-    return [
-        (
-            reason,
-            number,
-            [
-                (str(row["caption_short"]), thumbnail(shown[row["row_id"]], config.thumbnail_side))
-                for row in wanted[reason]
-                if row["row_id"] in shown
-            ],
-        )
-        for reason, number in counts.most_common()
-    ]
+def data_uri(data: bytes) -> str:
+    """The bytes of a PNG file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def thumbnail(stored: bytes, side: int) -> str:
     """A stored picture as a small PNG data URI."""
-    image = Image.open(io.BytesIO(stored)).convert("RGB")
+    with Image.open(io.BytesIO(stored)) as opened:
+        image = opened.convert("RGB")
     image.thumbnail((side, side))
     out = io.BytesIO()
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    image.save(out, "PNG", optimize=True)
+    return data_uri(out.getvalue())
+
+
+def galleries(config: ReportConfig, ctx: StageContext) -> list[Refused]:
+    """Every reason for which rows were dropped or failed, the most frequent first, with a few of the rows."""
+    if "buckets" not in ctx.inputs or "download" not in ctx.inputs:
+        return []
+    refused = [row for row in read_manifest(ctx.inputs["buckets"]) if row["decision"] != "keep"]
+    counts = Counter((str(row["reasons"][0]), str(row["decision"])) for row in refused)
+    chosen = defaultdict[tuple[str, str], list[dict[str, Any]]](list)
+    for row in refused:
+        group = chosen[(str(row["reasons"][0]), str(row["decision"]))]
+        if len(group) < config.dropped_examples:
+            group.append(row)
+    rows = [row for group in chosen.values() for row in group]
+    wanted = {str(row[name]) for row in rows for name in ("row_id", "keeper_id") if row.get(name)}
+    stored = {key: data for shard in shards(ctx.inputs["download"]) for key, data in pictures(shard, wanted)}
+    shown = {key: thumbnail(data, config.thumbnail_side) for key, data in stored.items()}
+    return [
+        Refused(reason, decision, count, [_example(row, shown) for row in chosen[(reason, decision)]])
+        for (reason, decision), count in counts.most_common()
+    ]
+
+
+def _example(row: dict[str, Any], shown: dict[str, str]) -> Example:
+    keeper = row.get("keeper_id")
+    distance = row.get("dup_distance")
+    note = f"distance {distance}" if keeper and distance is not None else ""
+    return Example(
+        caption=str(row["caption_short"] or ""), url=str(row["url"]), picture=shown.get(str(row["row_id"])),
+        keeper=shown.get(str(keeper)) if keeper else None, note=note,
+    )  # fmt: skip

@@ -42,7 +42,7 @@ def digests(run: dict[str, Any]) -> dict[str, str]:
     return {stage["name"]: stage["digest"] for stage in run["stages"] if stage["name"] not in ("report",)}
 
 
-@pytest.mark.slow
+@pytest.mark.lifecycle
 @pytest.mark.prefect
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Banded search finds exactly the pairs that comparing all with all finds."""
+
+import numpy as np
+import pytest
+
+from data_curation.hamming import all_pairs, banded_pairs, near_pairs
+
+
+def planted(rng: np.random.Generator, number: int, num_bytes: int) -> np.ndarray:
+    hashes = rng.integers(0, 256, (number, num_bytes), dtype=np.uint8)
+    hashes[: number // 4] = hashes[0]  # a hot bucket, as blank pictures make
+    for row in hashes[: number // 2]:
+        for bit in rng.integers(0, num_bytes * 8, rng.integers(0, 50)):
+            row[bit // 8] ^= np.uint8(1 << (bit % 8))
+    return hashes
+
+
+@pytest.mark.parametrize(("num_bytes", "distance"), [(8, 0), (8, 3), (8, 7), (32, 15), (32, 31), (32, 44)])
+def test_bands_find_what_all_pairs_find(num_bytes: int, distance: int) -> None:
+    hashes = planted(np.random.default_rng(distance), 300, num_bytes)
+    slow, fast = all_pairs(hashes, distance), banded_pairs(hashes, distance)
+    assert len(slow[0]) > 0
+    for a, b in zip(slow, fast, strict=True):
+        assert np.array_equal(a, b)
+    i, j, found = near_pairs(hashes, distance)
+    assert (i < j).all()
+    assert found.max() <= distance
+
+
+def test_few_hashes_have_few_pairs() -> None:
+    for number in (0, 1):
+        assert all(len(part) == 0 for part in banded_pairs(np.zeros((number, 32), np.uint8), 10))
+        assert all(len(part) == 0 for part in all_pairs(np.zeros((number, 32), np.uint8), 10))
