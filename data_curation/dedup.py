@@ -44,7 +44,7 @@ def deduplicate(config: DedupConfig, ctx: StageContext) -> dict[str, Any]:
     thumbnails = dict(
         pair for part in ctx.fan_out(thumbnail_shard, [(path, wanted) for path in paths]) for pair in part
     )
-    copies = _copies([row["row_id"] for row in kept], thumbnails, i, j, distance, config)
+    copies = confirmed([row["row_id"] for row in kept], thumbnails, i, j, distance, config)
     drop_covered(kept, i[copies], j[copies], distance[copies])
     write_manifest(rows, ctx.out)
     return funnel(rows, len(rows)) | {"pairs_nominated": nominated, "pairs_confirmed": int(copies.sum())}
@@ -100,7 +100,7 @@ def _similar_shape(rows: list[Row], i: Indices, j: Indices, distance: Indices) -
     return i[near], j[near], distance[near]
 
 
-def _copies(
+def confirmed(
     row_ids: list[str], thumbnails: dict[str, NDArray[np.uint8]], i: Indices, j: Indices, distance: Indices,
     config: DedupConfig,
 ) -> NDArray[np.bool_]:  # fmt: skip

@@ -33,7 +33,7 @@ def score_truth(rows: list[Row], source: Path) -> dict[str, Any]:
     num_sound = 0
     for row_id, fact in truth.items():
         row, defect = by_id[row_id], fact["defect"]
-        swapped = _is_copy(row) and group.get(row["keeper_id"]) == group[row_id]
+        swapped = _goes_for_its_copy(row, group)
         if defect is None:
             num_sound += 1
             if row["decision"] != KEEP and not swapped:
@@ -57,14 +57,15 @@ def score_truth(rows: list[Row], source: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_copy(row: Row) -> bool:
-    return bool(COPY_REASONS & set(row["reasons"] or ())) and row["keeper_id"] is not None
+def _goes_for_its_copy(row: Row, group: dict[str, str]) -> bool:
+    dropped = bool(COPY_REASONS & set(row["reasons"] or ()))
+    return dropped and group.get(row["keeper_id"] or "") == group[row["row_id"]]
 
 
 def _spared(by_id: dict[str, Row], group: dict[str, str]) -> set[str]:
     """Planted copies that stayed as the only member of their group: the original went in their place."""
     remaining: dict[str, list[str]] = {}
     for row_id, name in group.items():
-        if not _is_copy(by_id[row_id]):
+        if not _goes_for_its_copy(by_id[row_id], group):
             remaining.setdefault(name, []).append(row_id)
     return {members[0] for members in remaining.values() if len(members) == 1}

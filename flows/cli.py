@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.errors import ConfigError, LifecycleError
+from infra.logging import setup_logging
 
 if TYPE_CHECKING:
     from flows.config import LifecycleConfig
@@ -124,14 +125,17 @@ def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="Wha
 @app.command()
 def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what is wrong, and what to do."""
-    from flows.doctor import examine
+    from infra.doctor import diagnose
 
-    findings = examine(root)
+    checks = diagnose(root)
     if as_json:
-        _print(json.dumps([finding._asdict() for finding in findings]))
+        _print(json.dumps([check._asdict() for check in checks]))
     else:
-        _print("\n".join(f"{finding.state:<5} {finding.what}: {finding.found}{finding.advice}" for finding in findings))
-    if any(finding.state == "wrong" for finding in findings):
+        width = max(len(check.name) for check in checks)
+        advice = [f"; {check.fix}" if check.fix else "" for check in checks]
+        lines = [f"{c.status:<4}  {c.name:<{width}}  {c.detail}{fix}" for c, fix in zip(checks, advice, strict=True)]
+        _print("\n".join(lines))
+    if any(check.status == "fail" for check in checks):
         raise typer.Exit(ConfigError.exit_code)
 
 
@@ -139,7 +143,7 @@ def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) 
 def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root = None, port: Annotated[int, typer.Option(min=1024, max=65535)] = 4200, cron: Annotated[str, typer.Option(help="When nightly runs; empty: never")] = "0 2 * * *", debug: Debug = False) -> None:  # fmt: skip
     """Serve Prefect's UI on this machine, with lifecycle, nightly and stage to start from it."""
     from flows import deploy
-    from flows.prefect_server import home_of
+    from flows.drive import home_of
 
     config = _config(preset, set_, root)
     with contextlib.suppress(KeyboardInterrupt):
@@ -221,13 +225,10 @@ def _print(text: str) -> None:
 def main() -> None:
     """Run the command; an error is one message and an exit code."""
     debug = "--debug" in sys.argv
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    setup_logging(logging.WARNING, debug)
     if not debug:  # Prefect's own lines, tracebacks among them, are in its UI; ours say what a person needs
-        logging.getLogger().handlers[0].addFilter(lambda record: not record.name.startswith("prefect"))
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(lambda record: not record.name.startswith("prefect"))
     try:
         app()
     except LifecycleError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
+from typing import Any
 
 from flows.config import LifecycleConfig
-from flows.prefect_server import QUIET, PrefectServer
+from infra.embedded import PrefectServer, environment, quiet_environment
 
 log = logging.getLogger(__name__)
 
@@ -16,27 +16,34 @@ POLL_SECONDS = "2"
 
 def up(config: LifecycleConfig, home: Path, port: int = 4200, cron: str | None = "0 2 * * *") -> None:
     """Serve until interrupted; flows start as processes of their own with `config` as their default."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    os.environ["PREFECT_HOME"] = str(home)
-    os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", POLL_SECONDS)
-    os.environ["PREFECT_RUNNER_SERVER_ENABLE"] = "false"
     server = PrefectServer(home, port, all_services=True)
-    os.environ["PREFECT_API_URL"] = server.url
+    values: dict[str, str | None] = {
+        **quiet_environment(),
+        "PREFECT_API_URL": server.url,
+        "PREFECT_HOME": str(home),
+        "PREFECT_RUNNER_POLL_FREQUENCY": POLL_SECONDS,
+        "PREFECT_RUNNER_SERVER_ENABLE": "false",
+    }
     try:
-        from prefect import serve
-
-        from flows.lifecycle import lifecycle_flow
-        from flows.nightly import nightly_flow
-        from flows.stage import stage_flow
-
-        server.wait()
-        parameters = {"config": config.model_dump(mode="json")}
-        deployments = [
-            lifecycle_flow.to_deployment("lifecycle", parameters=parameters, tags=["t2i"]),
-            nightly_flow.to_deployment("nightly", parameters=parameters, cron=cron, tags=["t2i"]),
-            stage_flow.to_deployment("stage", parameters={"root": config.run.root}, tags=["t2i"]),
-        ]
-        log.warning("Prefect serves lifecycle, nightly and stage at http://127.0.0.1:%d; Ctrl-C ends it", port)
-        serve(*deployments, pause_on_shutdown=False, print_starting_message=False, limit=1)  # type: ignore[arg-type]
+        with environment(values):
+            _serve(server, config, cron)
     finally:
         server.stop()
+
+
+def _serve(server: PrefectServer, config: LifecycleConfig, cron: str | None) -> None:
+    from prefect import serve
+
+    from flows.lifecycle import lifecycle_flow
+    from flows.nightly import nightly_flow
+    from flows.stage import stage_flow
+
+    server.wait()
+    parameters = {"config": config.model_dump(mode="json")}
+    deployments: list[Any] = [
+        lifecycle_flow.to_deployment("lifecycle", parameters=parameters, tags=["t2i"]),
+        nightly_flow.to_deployment("nightly", parameters=parameters, cron=cron, tags=["t2i"]),
+        stage_flow.to_deployment("stage", parameters={"root": config.run.root}, tags=["t2i"]),
+    ]
+    log.warning("Prefect serves lifecycle, nightly and stage at http://127.0.0.1:%d; Ctrl-C ends it", server.port)
+    serve(*deployments, pause_on_shutdown=False, print_starting_message=False, limit=1)

@@ -11,11 +11,12 @@ from flows.config import LifecycleConfig
 from flows.dag import stage_specs
 from flows.display import use_display
 from flows.plan import PlanRow
-from flows.prefect_server import home_of, prefect_server
 from flows.run import Display, Record, Run
 from infra.artifacts import Artifact
 from infra.config import parse
+from infra.embedded import prefect_server
 from infra.errors import ConfigError
+from infra.local_files import local_path
 from infra.storage import Store, open_store
 
 
@@ -42,6 +43,13 @@ def run_stage(run_id: str, stage: str, force: bool, root: str, display: Display)
 
         record: Record = stage_flow(run_id=run_id, stage=stage, force=force, root=root)
     return record
+
+
+def home_of(root: str) -> Path:
+    """Where Prefect keeps its database for runs under `root`."""
+    if "://" in root and not root.startswith("file://"):
+        return Path.home() / ".cache" / "t2i-lifecycle" / "prefect"
+    return local_path(root) / ".prefect"
 
 
 def draw(run_id: str, prompts: Sequence[str], stage: str | None, seed: int, out: Path, root: str) -> list[Path]:

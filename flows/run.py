@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 from flows.config import RunConfig
@@ -12,6 +14,7 @@ from flows.plan import PlanRow, decide, history, refuse_unknown
 from flows.summary import summarise
 from infra.artifacts import Artifact
 from infra.errors import GateFailed, LifecycleError
+from infra.logging import run_log
 from infra.stages import StageSpec
 from infra.storage import Store, open_store, require_disk
 from tasks.catalog import Catalog, stage_function
@@ -94,7 +97,7 @@ class Run:
         """Bring every stage to its artifact, in order; returns the record. One run at a time on a root."""
         store = open_store(self.config.root)
         require_disk(self.config.root, int(self.config.min_free_gb * 1e9))
-        with store.lock():
+        with store.lock(), self._log(store):
             self._forget_done(store)
             past = history(store)
             try:
@@ -113,6 +116,10 @@ class Run:
                 self.launcher.close()
             self._save(store, "ok")
         return self.record
+
+    def _log(self, store: Store) -> AbstractContextManager[object]:
+        """Beside the run's record, when the root is a folder."""
+        return nullcontext() if "://" in store.root else run_log(Path(store.root) / "runs" / f"{self.run_id}.jsonl")
 
     def _stage(self, spec: StageSpec, row: PlanRow, store: Store, call: Call) -> None:
         if self.only not in (None, spec.name):

@@ -259,7 +259,9 @@ def local_ray(resources: Resources, dashboard: bool = False) -> Iterator[None]:
         values |= {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with environment(values):
         import ray
+        from ray._raylet import AuthenticationTokenLoader
 
+        AuthenticationTokenLoader.instance().reset_cache()  # Ray keeps the token of an earlier session in this process
         if resources.ray_address is not None:
             ray.init(address=resources.ray_address, log_to_driver=False, logging_level=logging.ERROR)
             folder = None

@@ -159,7 +159,7 @@ class Store:
         """Write the record of a run whole; its first `started` time stays."""
         path = f"runs/{_checked(run_id)}.json"
         before = self._backend.read(path)
-        started = json.loads(before)["started"] if before else datetime.now(UTC).isoformat()
+        started = _run_record(before, run_id)["started"] if before else datetime.now(UTC).isoformat()
         body = {"run": run_id, "started": started, **record}
         self._backend.write(path, (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,21 +17,32 @@ def _apply(function: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
 
 
 def ray_fan_out(function: Callable[[T], R], items: Sequence[T], /, num_cpus: int = 1) -> list[R]:
-    """Apply `function` to every item on the connected Ray; a failing item raises here what it raised there."""
+    """Apply `function` on the connected Ray, `num_cpus` items at once; a failing item raises here what it raised there."""
     import ray
     from ray.exceptions import RayTaskError
 
-    if not items:
-        return []
     size = max(1, math.ceil(len(items) / (CHUNKS_PER_CPU * num_cpus)))
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     remote = ray.remote(num_cpus=1)(_apply)
-    pending = [remote.remote(function, items[start : start + size]) for start in range(0, len(items), size)]
+    running: dict[Any, int] = {}
+    results: dict[int, list[R]] = {}
     try:
-        return [result for chunk in pending for result in ray.get(chunk)]
+        for number, chunk in enumerate(chunks):
+            if len(running) >= num_cpus:
+                _collect(ray, running, results)
+            running[remote.remote(function, chunk)] = number
+        while running:
+            _collect(ray, running, results)
     except BaseException as error:
-        _, running = ray.wait(pending, num_returns=len(pending), timeout=0)
-        for chunk in running:  # never a finished one: Ray 2.60 may abort the process
-            ray.cancel(chunk)
+        for task in ray.wait(list(running), num_returns=len(running), timeout=0)[1] if running else []:
+            ray.cancel(task)  # never a finished one: Ray 2.60 may abort the process
         if isinstance(error, RayTaskError):
             raise error.as_instanceof_cause() from None
         raise
+    return [result for number in range(len(chunks)) for result in results[number]]
+
+
+def _collect(ray: Any, running: dict[Any, int], results: dict[int, list[R]]) -> None:
+    """Take the result of the first task that is done."""
+    done = ray.wait(list(running), num_returns=1)[0][0]
+    results[running.pop(done)] = ray.get(done)

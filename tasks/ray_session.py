@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 
+from infra.embedded import local_ray
 from infra.errors import ConfigError, LifecycleError
 from infra.stages import Resources
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-OBJECT_STORE_BYTES = 200_000_000
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s makes every start and end slower
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 class RaySession:
@@ -49,30 +40,9 @@ class RaySession:
 
     def _hold(self) -> None:
         try:
-            self._start()
+            with local_ray(self.resources):
+                self.ready.set()
+                self.leave.wait()
         except Exception as error:
             self.failure = error
-        finally:
             self.ready.set()
-        self.leave.wait()
-        import ray
-
-        ray.shutdown()
-
-    def _start(self) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        import ray
-
-        if self.resources.ray_address:
-            ray.init(address=self.resources.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-            return
-        os.environ.pop("RAY_ADDRESS", None)
-        cpus = os.cpu_count() or 1
-        ray.init(
-            num_cpus=cpus + self.resources.num_workers,  # idle training workers must not starve fanned-out tasks
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )

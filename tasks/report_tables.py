@@ -55,7 +55,7 @@ def cell(
             rises = delta["low"] > 0
             verdict = "better" if rises != (metric in LESS_IS_BETTER) else "worse"
     return Cell(
-        value=f"{score['value']:.3f}", interval=f"{score['low']:.3f} – {score['high']:.3f}", n=int(score["n"]),
+        value=f"{score['value']:.3f}", interval=f"{score['low']:.3f} to {score['high']:.3f}", n=int(score["n"]),
         change=change, verdict=verdict, floor="" if floor is None else f"{floor['value']:.3f}",
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def layout_rows(scores: Mapping[str, Any], stages: Sequence[str]) -> tuple[list[
 
 
 def grid_rows(folder: Path, columns: tuple[str, ...] | None) -> tuple[list[str], list[dict[str, Any]]]:
-    """The headline grid: stages as columns, prompts as rows, every cell a picture and whether the judge calls it right."""
+    """The headline grid: stages as columns, prompts as rows; every cell a picture and whether the judge calls it right."""
     path = folder / "grid.json"
     if not path.exists():
         return [], []

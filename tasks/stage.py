@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
 import sys
 import time
@@ -19,6 +18,8 @@ from pydantic import Field
 from infra.artifacts import Artifact
 from infra.config import Config
 from infra.errors import LifecycleError
+from infra.logging import stage_log
+from infra.provenance import provenance
 from infra.stages import FanOut, Resources, StageContext, StageSpec, fan_out_here, stage_key
 from infra.storage import Store
 from tasks.catalog import Catalog, stage_function
@@ -115,7 +116,8 @@ def perform(
     _use_threads(job)
     forget_peak_memory()
     started = time.perf_counter()
-    facts = _call(spec, function.run, function.config.model_validate(spec.config), context)
+    with stage_log(spec.name):
+        facts = _call(spec, function.run, function.config.model_validate(spec.config), context)
     _wait_for_ranks()
     if rank != 0:
         return None
@@ -169,12 +171,7 @@ def _measured(job: Job, seconds: float) -> dict[str, Any]:
         "versioned": spec.versioned,
         "inputs": {role: artifact.digest for role, artifact in job.inputs.items()},
         "resources": job.resources.model_dump(mode="json"),
-        "provenance": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-        },
+        "provenance": provenance(),
     }
 
 

@@ -10,7 +10,7 @@ def planted(rng: np.random.Generator, number: int, num_bytes: int) -> np.ndarray
     hashes = rng.integers(0, 256, (number, num_bytes), dtype=np.uint8)
     hashes[: number // 4] = hashes[0]  # a hot bucket, as blank pictures make
     for row in hashes[: number // 2]:
-        for bit in rng.integers(0, num_bytes * 8, rng.integers(0, 50)):
+        for bit in rng.integers(0, num_bytes * 8, rng.integers(0, num_bytes)):
             row[bit // 8] ^= np.uint8(1 << (bit % 8))
     return hashes
 

@@ -13,8 +13,8 @@ import pytest
 from flows import drive
 from flows.config import LifecycleConfig, RunConfig
 from flows.plan import plan
-from flows.prefect_server import PrefectServer, prefect_server
 from flows.run import LogDisplay, Run
+from infra.embedded import PrefectServer, prefect_server
 from infra.errors import ConfigError, DataRefused
 from infra.storage import open_store
 

@@ -1,0 +1,117 @@
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_curation.manifest import ROWS_SCHEMA, write_manifest, write_table
+from infra.artifacts import Artifact
+from infra.errors import ConfigError
+from infra.stages import Resources, StageContext, fan_out_here, no_progress
+from tasks.config import ReportConfig
+from tasks.report import report
+from tasks.report_parts import curve
+from tasks.report_tables import cell, funnel_rows
+
+EVIL = '<script>alert("x")</script>'
+SCORE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
+
+
+def png(shade: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((90, 120, 3), shade, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def row(name: str, decision: str, reasons: list[str], **more: Any) -> dict[str, Any]:
+    return {"row_id": name, "url": f"http://x.invalid/{name}", "caption_short": EVIL, "caption_long": "", "ordinal": 0,
+            "decision": decision, "reasons": reasons, **more}  # fmt: skip
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    folders = {name: tmp_path / name for name in ("scores", "download", "buckets", "pretrain", "out")}
+    for folder in folders.values():
+        folder.mkdir()
+    rows = [row("a", "keep", []), row("b", "drop", ["near_duplicate"], keeper_id="a", dup_distance=7),
+            row("c", "error", ["http_404"])]  # fmt: skip
+    write_table([{**r, "image": None if r["row_id"] == "c" else png(90)} for r in rows], ROWS_SCHEMA,
+                folders["download"] / "rows-00000.parquet")  # fmt: skip
+    write_manifest(rows, folders["buckets"])
+    (folders["pretrain"] / "sampling.json").write_text("{}")
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    (folders["pretrain"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folders["pretrain"] / "grids").mkdir()
+    (folders["pretrain"] / "grids" / "step-000004.png").write_bytes(png(10))
+    own = {"prompt_accuracy": SCORE, "kernel_distance": SCORE, "kernel_distance_floor": SCORE}
+    gates = [{"stage": "pretrain", "metric": "prompt_accuracy", "passed": False, "reason": EVIL, "difference": SCORE}]
+    detail = {"by_layout": {"held_out_basic": {"big": SCORE}}, "collapse": {"held_out_basic": 0.0}}
+    (folders["scores"] / "scores.json").write_text(json.dumps(
+        {"scores": {"pretrain": own}, "real": own, "gates": gates, "detail": {"pretrain": detail}}))  # fmt: skip
+    grid = {"prompts": [EVIL], "seeds": [5], "scenes": ["s"], "stages": ["pretrain", "real"],
+            "right": {"pretrain": [False], "real": [True]}}  # fmt: skip
+    (folders["scores"] / "grid.json").write_text(json.dumps(grid))
+    for stage in grid["stages"]:
+        (folders["scores"] / "samples" / stage).mkdir(parents=True)
+        (folders["scores"] / "samples" / stage / "0-5.png").write_bytes(png(200))
+    facts = {"received": 3, "kept": 1, "errored": 1, "dropped": {"near_duplicate": 1}, "seconds": 2.0,
+             "truth": {"defects_caught": 2, "defects_planted": 2, "near_duplicate_recall": 1, "near_duplicate_precision": 1}}  # fmt: skip
+    inputs = {name: folder for name, folder in folders.items() if name != "out"}
+    parents = {name: Artifact(kind="x", uri=f"file:///{name}/key", digest=name * 3, stage=name,
+                              facts=facts if name == "buckets" else {}) for name in inputs}  # fmt: skip
+    return StageContext("report", inputs, parents, folders["out"], tmp_path, Resources(), no_progress, fan_out_here)
+
+
+def test_page_is_inert_self_contained_and_escaped(context: StageContext) -> None:
+    facts = report(ReportConfig(command="t2i run presets/demo.yaml"), context)
+    page = (context.out / "report.html").read_text()
+    assert facts["megabytes"] < 1
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    assert "default-src 'none'" in page
+    for part in ("near_duplicate", "http_404", "the kept picture it copies", "missed", "OpenMoji", "CC BY-SA 4.0",
+                 "loss 1 → 0.125", "floor 0.500", "grid of pretrain", "2 of 2 planted"):  # fmt: skip
+        assert part in page, part
+
+
+def test_summary_has_scores_funnel_and_truth(context: StageContext) -> None:
+    report(ReportConfig(), context)
+    summary = json.loads((context.out / "summary.json").read_text())
+    assert summary["scores"]["pretrain"]["prompt_accuracy"] == SCORE
+    assert summary["funnel"] == {"received": 3, "kept": 1, "errored": 1, "dropped": {"near_duplicate": 1}}
+    assert summary["truth"]["defects_caught"] == 2
+
+
+def test_own_data_gets_no_credit_line_and_too_large_a_page_is_refused(context: StageContext) -> None:
+    report(ReportConfig(data_source="own"), context)
+    assert "OpenMoji" not in (context.out / "report.html").read_text()
+    with pytest.raises(ConfigError, match="max_megabytes"):
+        report(ReportConfig(max_megabytes=0.001), context)
+
+
+def test_curve_spans_the_box_and_needs_positive_values() -> None:
+    line = curve("x", [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}])
+    assert line is not None
+    assert line.points == "160.0,0.0 320.0,120.0"
+    assert curve("x", [{"step": 1, "loss": 0.0}]) is None
+
+
+def test_changes_within_noise_are_not_called_better() -> None:
+    up, noise = {"value": 0.1, "low": 0.05, "high": 0.2}, {"value": 0.1, "low": -0.05, "high": 0.2}
+    assert cell("prompt_accuracy", SCORE, up, None).verdict == "better"
+    assert cell("kernel_distance", SCORE, up, None).verdict == "worse"
+    assert cell("prompt_accuracy", SCORE, noise, None).verdict == ""
+
+
+def test_funnel_lists_each_reason_at_the_stage_that_found_it() -> None:
+    first = {"received": 10, "kept": 8, "errored": 2, "dropped": {}, "errors": {"http_404": 2}}
+    second = {**first, "kept": 7, "dropped": {"near_duplicate": 1}}
+    parents = {name: Artifact(kind="x", uri="x", digest=name, stage=name, facts=facts)
+               for name, facts in (("download", first), ("dedup", second))}  # fmt: skip
+    assert [r["new"] for r in funnel_rows(parents)] == [{"http_404": 2}, {"near_duplicate": 1}]
