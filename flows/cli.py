@@ -40,8 +40,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log of every part")]
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came; no library may take it for its own."""
 
 
 @app.command()
@@ -190,19 +190,21 @@ def _interruptible(work: Any, root: str, as_json: bool) -> Mapping[str, Any]:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         record: Mapping[str, Any] = work()
-    except BaseException:
+    except BaseException as error:
         if as_json:
             from flows.summary import public
             from infra.storage import open_store
 
             runs = open_store(root).list_runs()
             _print(json.dumps(public(runs[0]) if runs else {}))
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped("interrupted") from None  # typer would only say "Aborted"
         raise
     return record
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    raise Stopped("terminated")
 
 
 def _finish(record: Mapping[str, Any], as_json: bool) -> None:
@@ -235,16 +237,15 @@ def main() -> None:
         if debug:
             raise
         _stop(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop(_go_on("interrupted"), 130)
     except Exception as error:
         if debug:
             raise
         _stop(f"{type(error).__name__}: {error}; run again with --debug for the traceback", LifecycleError.exit_code)
-    except BaseException as error:  # SIGTERM, as ours or as Prefect's TerminationSignal
+    except BaseException as error:
         if isinstance(error, SystemExit) or debug:
             raise
-        _stop(_go_on("terminated"), 143)
+        interrupted = str(error) == "interrupted"  # else ours or Prefect's word for SIGTERM
+        _stop(_go_on("interrupted" if interrupted else "terminated"), 130 if interrupted else 143)
 
 
 def _go_on(what: str) -> str:

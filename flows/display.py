@@ -40,12 +40,12 @@ class LineDisplay:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.head, self.begun, self.next = "", 0.0, 0.0
-        self.first: int | None = None
+        self.head, self.next = "", 0.0
+        self.first: tuple[int, float] | None = None  # where and when the first progress came
 
     def stage(self, number: int, total: int, row: PlanRow) -> None:
         """A stage begins."""
-        self.head, self.begun, self.next, self.first = f"[{number}/{total}] {row.stage}", time.monotonic(), 0.0, None
+        self.head, self.next, self.first = f"[{number}/{total}] {row.stage}", 0.0, None
         if row.state != "HIT":
             usual = f", took {clock(row.seconds)} last time" if row.seconds else ""
             self._write(f"{self.head}: starts ({row.reason}{usual})")
@@ -53,8 +53,7 @@ class LineDisplay:
     def progress(self, stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """A stage has got further."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done - 1
+        self.first = self.first or (done, now)
         if now >= self.next:
             self.next = now + LINE_SECONDS
             self._write(f"{self.head}: {self.how_far(done, total, metrics)}")
@@ -66,10 +65,10 @@ class LineDisplay:
 
     def how_far(self, done: int, total: int, metrics: Mapping[str, float]) -> str:
         """Position, time left and the first two numbers."""
-        since = self.first or 0
-        left = (time.monotonic() - self.begun) / max(1, done - since) * (total - done)
+        at, when = self.first or (done, 0.0)
+        left = [f"{clock((time.monotonic() - when) / (done - at) * (total - done))} left"] if done > at else []
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "seconds"][:2]
-        return ", ".join([f"{done}/{total}", f"{clock(left)} left", *shown])
+        return ", ".join([f"{done}/{total}", *left, *shown])
 
     def _write(self, text: str) -> None:
         self.stream.write(f"{text}\n")
@@ -94,8 +93,7 @@ class LiveDisplay(LineDisplay):
 
     def progress(self, stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """A stage has got further."""
-        if self.first is None:
-            self.first = done - 1
+        self.first = self.first or (done, time.monotonic())
         self.status.update(f"{self.head}: {self.how_far(done, total, metrics)}")
 
     def done(self, entry: Mapping[str, Any]) -> None:

@@ -259,9 +259,10 @@ def local_ray(resources: Resources, dashboard: bool = False) -> Iterator[None]:
         values |= {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with environment(values):
         import ray
-        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-        AuthenticationTokenLoader.instance().reset_cache()  # Ray keeps the token of an earlier session in this process
+        Config.initialize("")  # Ray keeps mode and token from when it was imported, or from an earlier session
+        AuthenticationTokenLoader.instance().reset_cache()
         if resources.ray_address is not None:
             ray.init(address=resources.ray_address, log_to_driver=False, logging_level=logging.ERROR)
             folder = None

@@ -55,7 +55,8 @@ class EvaluateConfig(Config):
             PromptSetConfig(name="held_out_full", prompts=96),
             PromptSetConfig(name="long", prompts=320, stages=("continue", "sft")),
         ),
-        description="Prompt lists; the first one also feeds kernel distance and diversity",
+        min_length=1,
+        description="Prompt lists; the first one also feeds the kernel distance and the class drift",
     )
     subjects: tuple[SubjectConfig, ...] = Field(default=(), description="Subjects of personalised checkpoints")
     gates: tuple[GateConfig, ...] = Field(default=(), description="Bounds; verdicts are written to the scores")

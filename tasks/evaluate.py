@@ -21,6 +21,7 @@ from models.sampling.generate import load_generator
 from tasks.config import EvaluateConfig
 from tasks.evaluate_prompts import Prompts, grid_prompts, prompt_set, several_seeds, subject_prompts
 from tasks.evaluate_scores import (
+    Reference,
     Sheet,
     class_drift,
     label_of,
@@ -123,7 +124,11 @@ def real_pictures(lists: Mapping[str, Asked], seed: int) -> dict[str, np.ndarray
 
 
 def score_pictures(
-    config: EvaluateConfig, judge: Judge, lists: Mapping[str, Asked], drawn: Mapping[str, np.ndarray]
+    config: EvaluateConfig,
+    judge: Judge,
+    reference: Reference,
+    lists: Mapping[str, Asked],
+    drawn: Mapping[str, np.ndarray],
 ) -> Sheet:
     """Every score that one checkpoint's pictures (or the real ones) allow on their own."""
     sheet = Sheet()
@@ -131,11 +136,9 @@ def score_pictures(
         label = label_of(chosen)
         if label not in drawn:
             continue
-        prompts, side = lists[label].prompts, lists[label].side
-        score_set(sheet, judge, chosen, prompts, drawn[label], config)
+        score_set(sheet, judge, chosen, lists[label].prompts, drawn[label], config)
         if i == 0:
-            reals = [draw_batch(prompts.scenes, side, config.seed + 100 + k) for k in range(2)]
-            score_distance(sheet, judge, drawn[label], reals, config)
+            score_distance(sheet, judge, drawn[label], reference, config)
     if DIVERSITY in drawn:
         score_diversity(sheet, judge, drawn[DIVERSITY], config)
     for label in drawn:
@@ -194,7 +197,8 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     judge, lists = Judge.load(ctx.inputs["judge"]), lists_of(config)
     drawn = draw_all(config, ctx, lists, checkpoints)
     drawn[REAL] = real_pictures(lists, config.seed + 50)
-    sheets = {stage: score_pictures(config, judge, lists, pictures) for stage, pictures in drawn.items()}
+    reference = Reference.of(judge, config.sets[0], lists[label_of(config.sets[0])].prompts, config)
+    sheets = {stage: score_pictures(config, judge, reference, lists, part) for stage, part in drawn.items()}
     first = f"prompt_accuracy{suffix_of(config.sets[0])}"
     for subject in config.subjects:
         pair = [sheets[name].answers.get(first) for name in (subject.stage, subject.parent)]

@@ -49,6 +49,12 @@ def prompt_set(name: PromptSetName, count: int, seed: int) -> Prompts:
     return Prompts(texts, tuple(seed * SEEDS_APART + i for i in range(count)), tuple(order))
 
 
+def reference_scenes(name: PromptSetName, count: int, seed: int) -> list[Scene]:
+    """Scenes of a set drawn independently: the kernel distance would be biased by a reference paired with the prompts."""
+    pool = _pool(name)
+    return [pool[i] for i in np.random.default_rng([seed, 9]).integers(len(pool), size=count)]
+
+
 def several_seeds(prompts: int, seeds: int, seed: int) -> Prompts:
     """For diversity: each of the first held-out prompts with several noises, prompt by prompt."""
     base = prompt_set("held_out_basic", prompts, seed)

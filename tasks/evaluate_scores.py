@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from models.evaluation.intervals import Score, bootstrap, wilson
 from models.evaluation.judge import SIDE, Judge
 from models.posttraining.reward import judge_reward
 from tasks.config import EvaluateConfig, PromptSetConfig
-from tasks.evaluate_prompts import Prompts
+from tasks.evaluate_prompts import Prompts, reference_scenes
 
 SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
 HEADS = {
@@ -96,16 +95,30 @@ def class_drift(child: np.ndarray, parent: np.ndarray, resamples: int) -> Score:
     return bootstrap((child, parent), lost, resamples, np.random.default_rng(4))
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Features of real renders of the first prompt list, and how far two such sets are apart."""
+
+    features: np.ndarray
+    floor: Score
+
+    @classmethod
+    def of(cls, judge: Judge, chosen: PromptSetConfig, prompts: Prompts, config: EvaluateConfig) -> Reference:
+        """Renders of scenes drawn independently of the prompts; renders of the prompts' own scenes give the floor."""
+        scenes = reference_scenes(chosen.name, 2 * len(prompts), config.seed)
+        own = judge.features(draw_batch(scenes, chosen.side, config.seed + 100))
+        perfect = judge.features(draw_batch(prompts.scenes, chosen.side, config.seed + 101))
+        rng = np.random.default_rng([config.seed, 7])
+        return cls(own, kernel_distance(perfect, own, config.bootstrap, rng, permutations=0).score)
+
+
 def score_distance(
-    sheet: Sheet, judge: Judge, images: np.ndarray, reals: Sequence[np.ndarray], config: EvaluateConfig
+    sheet: Sheet, judge: Judge, images: np.ndarray, reference: Reference, config: EvaluateConfig
 ) -> None:
-    """Kernel distance to real renders of the same scenes; the distance of two sets of such renders is its floor."""
-    reference, other = (judge.features(real) for real in reals)
-    found = kernel_distance(
-        judge.features(images), reference, config.bootstrap, np.random.default_rng([config.seed, 6])
-    )
-    floor = kernel_distance(other, reference, config.bootstrap, np.random.default_rng([config.seed, 7]))
-    sheet.scores |= {"kernel_distance": found.score, "kernel_distance_floor": floor.score}
+    """Kernel distance to real renders of the same scenes, with the floor beside it."""
+    rng = np.random.default_rng([config.seed, 6])
+    found = kernel_distance(judge.features(images), reference.features, config.bootstrap, rng)
+    sheet.scores |= {"kernel_distance": found.score, "kernel_distance_floor": reference.floor}
     sheet.p_value = round(found.p_value, 5)
 
 

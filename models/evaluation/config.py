@@ -15,7 +15,7 @@ class JudgeConfig(Config):
     calibration_pictures: int = Field(
         default=400, ge=8, description="Fresh scenes for the figures saved beside the judge"
     )
-    updates: int = Field(default=800, ge=1, description="Optimizer steps of each network")
+    updates: int = Field(default=650, ge=1, description="Optimizer steps of each network")
     batch_size: int = Field(
         default=96, ge=8, description="Pictures in a step; half of them are corrupted and must be rejected"
     )

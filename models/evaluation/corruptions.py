@@ -58,7 +58,8 @@ def gaussian_blur(pictures: Tensor, sigma: Tensor) -> Tensor:
         weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-2).view(-1, 1, 1)) ** 2)
         return (weights / weights.sum(2, keepdim=True))[:, None]
 
-    return blurring(h) @ pictures @ blurring(w).transpose(2, 3)
+    down = blurring(h)
+    return down @ pictures @ (down if h == w else blurring(w)).transpose(2, 3)
 
 
 def border_shade(pictures: Tensor) -> Tensor:

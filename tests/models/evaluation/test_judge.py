@@ -43,7 +43,9 @@ def draw(count: int, seed: int) -> tuple[np.ndarray, list[Toy]]:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    config = JudgeConfig(pictures=128, calibration_pictures=16, updates=90, batch_size=32, width=6, feature_size=24)
+    config = JudgeConfig(
+        pictures=96, calibration_pictures=12, updates=40, batch_size=32, width=6, feature_size=24, learning_rate=1e-2
+    )
     return train_judge(draw, config, 0, lambda done, total, metrics: None)
 
 

@@ -1,0 +1,157 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.config import LifecycleConfig
+from flows.dag import stage_specs
+from flows.display import LineDisplay, clock, plan_lines
+from flows.plan import PlanRow
+from infra.config import load_yaml, parse
+from tasks.catalog import TRAITS, stage_function
+
+PRESETS = Path(__file__).parents[2] / "presets"
+SMOKE = str(PRESETS / "smoke.yaml")
+T2I = [sys.executable, "-m", "flows.cli"]
+
+
+def t2i(*arguments, cwd=None):
+    environment = {**os.environ, "PYTHONPATH": str(PRESETS.parent)}
+    return subprocess.run(
+        [*T2I, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd, env=environment
+    )
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        assert "rerun" in t2i("--help").stdout
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.5
+
+
+def test_planning_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys; sys.argv = ['t2i', 'plan', sys.argv[1], '--root', sys.argv[2]]\n"
+        "from flows.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code, end\n"
+        "print('heavy', sorted({'torch', 'ray', 'prefect', 'diffusers', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, SMOKE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "heavy []"
+    assert "pretrain-32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan", SMOKE, "--set", "posttrain.sft.train.stepz=3"], 2, "did you mean 'steps'?"),
+        (["plan", SMOKE, "--set", "judge.updates=-1"], 2, "judge.updates = -1: input should be greater than"),
+        (["run", "nowhere.yaml"], 2, "configuration file nowhere.yaml does not exist"),
+        (["run", SMOKE, "--root", "/proc/nothing"], 2, "choose another place with --root"),
+        (["run", SMOKE, "--force", "sftt"], 2, "there is no stage 'sftt'; the stages are source, download"),
+        (["run", SMOKE, "--set", "run.min_free_gb=1e9"], 2, "GB free, the run needs"),
+        (["rerun", "latest", "sft"], 2, "there is no run under"),
+        (["report", "other"], 2, "there is no run 'other'"),
+        (["sample", "latest", "a cat"], 2, "there is no run under"),
+        (["plan"], 2, "Missing argument"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(arguments, code, message, tmp_path):
+    done = t2i(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_as_json(tmp_path):
+    rows = json.loads(t2i("plan", SMOKE, "--root", tmp_path, "--json").stdout)
+    assert [row["stage"] for row in rows][:2] == ["source", "download"]
+    assert {row["state"] for row in rows} == {"RUN"}
+    assert t2i("status", "--root", tmp_path).stdout.startswith("no runs yet")
+
+
+def test_init_writes_a_preset_that_parses(tmp_path):
+    assert t2i("init", tmp_path / "new").returncode == 0
+    written = tmp_path / "new" / "lifecycle.yaml"
+    assert parse(LifecycleConfig, yaml.safe_load(written.read_text()), "it").name == "mine"
+    assert t2i("init", tmp_path / "new").returncode == 2
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_makes_a_sound_dag(preset):
+    specs = stage_specs(parse(LifecycleConfig, load_yaml(preset), str(preset)))
+    before: set[str] = set()
+    for spec in specs:
+        assert set(spec.inputs.values()) <= before
+        assert spec.function in TRAITS
+        before.add(spec.name)
+    assert len(before) == len(specs)
+
+
+def test_the_seed_moves_training_and_leaves_data():
+    config = parse(LifecycleConfig, load_yaml(SMOKE), SMOKE)
+    pairs = zip(stage_specs(config), stage_specs(config.model_copy(update={"seed": 5})), strict=True)
+    moved = {a.name for a, b in pairs if a.versioned != b.versioned}
+    assert {"pretrain-32", "pairs", "distill-1"} <= moved
+    assert not moved & {"source", "download", "encode", "judge", "evaluate"}
+
+
+@pytest.mark.slow
+def test_every_listed_function_can_be_imported_and_takes_its_configuration():
+    specs = {spec.function: spec for spec in stage_specs(parse(LifecycleConfig, load_yaml(SMOKE), SMOKE))}
+    for name in TRAITS:
+        function = stage_function(name)
+        if name in specs:
+            assert function.config.model_validate(specs[name].config).model_dump(mode="json") == specs[name].config
+
+
+def test_lines_say_where_and_how_long(capsys):
+    display = LineDisplay(sys.stdout)
+    display.stage(2, 9, PlanRow(stage="sft", state="RUN", reason="train.steps 5 -> 6", seconds=61))
+    display.progress("sft", 2, 6, {"loss": 0.5})
+    display.next = 0.0
+    display.progress("sft", 3, 6, {"loss": 0.25})
+    display.done({"name": "sft", "status": "ran", "seconds": 4.0, "digest": "abc"})
+    first, start, second, third = capsys.readouterr().out.splitlines()
+    assert first == "[2/9] sft: starts (train.steps 5 -> 6, took 1:01 last time)"
+    assert start == "[2/9] sft: 2/6, loss 0.5"
+    assert second.startswith("[2/9] sft: 3/6, ")
+    assert second.endswith("left, loss 0.25")
+    assert third == "[2/9] sft: ran in 4 s abc"
+    assert clock(3723) == "1:02:03"
+    rows = [
+        PlanRow(stage="a", state="HIT", reason="made before"),
+        PlanRow(stage="bb", state="RUN", reason="not made yet"),
+    ]
+    assert plan_lines(rows)[-1] == "1 of 2 stages to run, about 0 s, 1 never timed"
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
+    command = [*T2I, "run", SMOKE, "--root", str(tmp_path), "--set", "data.source.rows=400"]
+    environment = {**os.environ, "PYTHONPATH": str(PRESETS.parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "download: starts" in line:
+            break
+    time.sleep(2)
+    process.send_signal(number)
+    said = process.stderr.read()
+    assert process.wait(60) == code, said
+    assert f"To go on: t2i run {SMOKE}" in said
+    assert "Traceback" not in said
+    record = json.loads(t2i("status", "latest", "--root", tmp_path, "--json").stdout)
+    assert record["outcome"] == "interrupted"
+    assert [stage["status"] for stage in record["stages"]][:3] == ["ran", "interrupted", "skipped"]
