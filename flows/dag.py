@@ -87,11 +87,12 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports = {"teacher": config.distill_from or config.chain[-1]}
     exports |= {f"student-{stage.student_steps}": stage.name for stage in config.distill}
     exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
-    curated = {name: name for name in ("source", "download", "dedup", "quality", "buckets")}
+    others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
+    shown = {name: name for name in others} | ({"pairs": config.posttrain.pairs.name} if config.posttrain.dpo else {})
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),
-        spec_of("report", "report", config.report, scores="evaluate", **curated, **checkpoints),
+        spec_of("report", "report", config.report, scores="evaluate", **shown, **checkpoints),
     ]
 
 

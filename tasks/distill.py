@@ -39,8 +39,6 @@ def distill(config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
     )
 
     def model_of(trainer: Trainer) -> Denoiser:
-        model = averaged(trainer, "student", student)
-        assert isinstance(model, Denoiser)
-        return model
+        return averaged(trainer, "student", student)
 
     return run_training(objective, batches, config.train, ctx, model_of, card, fixed_prompts(data))

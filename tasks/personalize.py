@@ -51,7 +51,6 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
 
     def model_of(trainer: Trainer) -> Denoiser:
         adapted = averaged(trainer, "denoiser", denoiser, "denoiser.")
-        assert isinstance(adapted, Denoiser)
         trained[:] = [adapted]
         return merge(adapted)
 

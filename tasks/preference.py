@@ -80,9 +80,7 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     objective = DiffusionDpo(denoiser, reference, config)
 
     def model_of(trainer: Trainer) -> Denoiser:
-        model = averaged(trainer, "denoiser", denoiser)
-        assert isinstance(model, Denoiser)
-        return model
+        return averaged(trainer, "denoiser", denoiser)
 
     return run_training(objective, pair_batches(config, ctx), config.train, ctx, model_of, card, fixed_prompts(data))
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import jinja2
 
-from data_curation.manifest import read_manifest
-from data_curation.truth import score_truth
 from infra.errors import ConfigError
 from infra.stages import StageContext
 from tasks.config import ReportConfig
@@ -79,9 +77,6 @@ def planted_truth(ctx: StageContext) -> dict[str, Any]:
     if "buckets" not in ctx.parents:
         return {}
     found: dict[str, Any] = ctx.parents["buckets"].facts.get("truth", {})
-    source = ctx.inputs.get("source")
-    if not found and source is not None and (source / "truth.parquet").exists():
-        found = score_truth(read_manifest(ctx.inputs["buckets"]), source)
     return found
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tensorboardX import SummaryWriter
-from torch import nn
 
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
@@ -31,7 +30,7 @@ from tasks.training_data import TrainingData
 GRID_PROMPTS = 12
 
 
-def averaged(trainer: Trainer, player: str, denoiser: nn.Module, prefix: str = "") -> nn.Module:
+def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
     """A copy of `denoiser` with the player's averaged weights; `prefix` is its name inside the player."""
     clone = copy.deepcopy(denoiser)
     parameters = dict(clone.named_parameters())
@@ -102,9 +101,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     )  # fmt: skip
 
     def model_of(trainer: Trainer) -> Denoiser:
-        model = averaged(trainer, "denoiser", denoiser, "denoiser.")
-        assert isinstance(model, Denoiser)
-        return model
+        return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
     return run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data))
 

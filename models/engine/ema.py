@@ -22,10 +22,3 @@ class PowerEma:
         trained = {name: p for name, p in module.named_parameters() if name in self.average}
         targets = [self.average[name] for name in trained]
         torch._foreach_lerp_(targets, [p.detach() for p in trained.values()], 1 - beta)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Put the average into a module with the same parameter names."""
-        parameters = dict(module.named_parameters())
-        with torch.no_grad():
-            for name, value in self.average.items():
-                parameters[name].copy_(value)

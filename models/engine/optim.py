@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -91,10 +89,3 @@ class PlayerOptimizer:
             full = optimizer.state_dict()
             full["state"] = state
             optimizer.load_state_dict(full)
-
-
-def toggle(players: Iterable[nn.Module], turn: nn.Module, trainable: dict[int, list[nn.Parameter]]) -> None:
-    """Let gradients flow only into the player whose turn it is; a frozen LoRA base stays frozen."""
-    for player in players:
-        for parameter in trainable[id(player)]:
-            parameter.requires_grad_(player is turn)

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models.evaluation.judge import Judge, SceneLike
-
-PAIRS = ("beside", "above")
+from models.evaluation.judge import PAIRS, Judge, SceneLike
 
 
 @torch.inference_mode()

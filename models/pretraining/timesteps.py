@@ -35,8 +35,3 @@ def sample_times(u: torch.Tensor, tokens: int, config: TimestepConfig) -> torch.
             z = torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12))
             t = torch.sigmoid(config.mean + config.std * z)
     return apply_shift(t, shift_of(tokens, config)).float()
-
-
-def stratified(u: torch.Tensor, slots: tuple[int, ...], batch_size: int) -> torch.Tensor:
-    """Uniform numbers with one per equal cell over the global batch; each keeps a uniform marginal only jointly."""
-    return (torch.tensor(slots, dtype=u.dtype) + u) / batch_size
