@@ -162,7 +162,9 @@ class EncodeConfig(Config):
     """Text and teacher features, computed once."""
 
     max_tokens: int = Field(default=64, ge=8, le=512, description="Longest caption in tokens; the rest is cut.")
-    teacher: bool = Field(default=True, description="Store the teacher features that REPA aligns to.")
+    teacher_resolutions: tuple[int, ...] = Field(
+        default=(32,), description="Resolutions that get the teacher features REPA aligns to; none: no features."
+    )
 
 
 class DataConfig(Config):

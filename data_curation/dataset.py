@@ -117,6 +117,10 @@ class TrainingSet:
         buckets = {(int(w), int(h)): rows[(size == (w, h)).all(axis=1)] for w, h in np.unique(size, axis=0)}
         return Selection(buckets, self.index["position"].to_numpy().astype(np.int64))
 
+    def teacher_width(self, bucket: tuple[int, int]) -> int:
+        """Channels of a bucket's teacher features; 0 where the encode stage made none."""
+        return int(self._bucket(bucket)[1].shape[-1])
+
     def gather(self, batch: Batch) -> Gathered:
         """Pictures, caption ids and teacher features of a batch."""
         images, teacher = self._bucket(batch.bucket)

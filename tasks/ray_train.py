@@ -31,7 +31,7 @@ MAX_RESTARTS = 20  # of the worker group in one run
 DIED = (
     f"its worker processes died {TRIES} times, perhaps out of memory; lower batch_size or num_workers, then run again"
 )
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 STOP_SECONDS = 5.0
 ERRORS: dict[str, type[LifecycleError]] = {
     cls.__name__: cls for cls in (LifecycleError, ConfigError, DataRefused, GateFailed, ArtifactCorrupted)

@@ -44,9 +44,15 @@ class TrainingData:
         return torch.from_numpy(tokens), torch.from_numpy(mask)
 
     def teacher_dim(self, select: SelectConfig) -> int:
-        """Width of the cached teacher features."""
-        rows = self.set.select(select.resolutions, select.domains).batch(0, 1, 0)
-        return int(self.set.gather(rows).teacher.shape[-1])
+        """Width of the cached teacher features; refused where a selected bucket has none."""
+        chosen = self.set.select(select.resolutions, select.domains)
+        widths = {self.set.teacher_width(bucket) for bucket in chosen.buckets}
+        if 0 in widths:
+            raise ConfigError(
+                f"REPA on resolutions {select.resolutions} needs teacher features of all of them; "
+                "add them to data.encode.teacher_resolutions, or set repa to null"
+            )
+        return widths.pop()
 
     def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
         """This worker's batch as a pure function of the step."""

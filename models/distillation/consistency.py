@@ -47,7 +47,7 @@ class ConsistencyDistillation:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Grid times, noised pictures, the teacher's step and the target's answer there."""
         steps = self.config.teacher_steps
-        index = (rng.uniform("time") * steps).long() + 1  # 1 .. N
+        index = (rng.stratified("time") * steps).long() + 1  # 1 .. N
         index = torch.where(rng.uniform("pure noise") < self.config.noise_share, torch.full_like(index, steps), index)
         t, s = index / steps, (index - 1) / steps
         x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)

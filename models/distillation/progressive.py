@@ -47,7 +47,7 @@ class ProgressiveDistillation:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """A grid time per sample and the velocity that lands where two teacher steps land."""
         n = self.config.student_steps
-        index = (rng.uniform("time") * n).long() + 1
+        index = (rng.stratified("time") * n).long() + 1
         t, m, s = index / n, (index - 0.5) / n, (index - 1) / n
         x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)
         x_m = euler_step(self.teacher, x_t, t, m, batch.tokens, batch.mask, self.null, self.config.guidance)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+GOLDEN = 0.6180339887498949
+BELOW_ONE = 1 - 2**-24
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from any names and numbers, stable across processes and Python versions."""
@@ -37,6 +40,15 @@ class Randomness:
     def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> torch.Tensor:
         """Uniform in [0, 1) of [len(slots), *shape], one generator a sample."""
         return torch.stack([torch.rand(shape, generator=g) for g in self._generators(stream)])
+
+    def stratified(self, stream: str) -> torch.Tensor:
+        """Uniform in [0, 1) of [len(slots)], spread evenly over the global batch: one random start, golden-ratio steps.
+
+        Each number is uniform on its own; together they leave no gap (Kuipers & Niederreiter 1974, ch. 2), so a mean
+        over a small batch varies less. A slot's number does not depend on the batch size or the workers.
+        """
+        start = torch.rand((), generator=self.shared(stream), dtype=torch.float64)
+        return ((start + torch.tensor(self.slots, dtype=torch.float64) * GOLDEN) % 1.0).float().clamp_max(BELOW_ONE)
 
     def shared(self, stream: str) -> torch.Generator:
         """One generator for the whole step, the same on every worker."""

@@ -29,7 +29,7 @@ class JudgeConfig(Config):
         default=128, ge=8, description="Length of the penultimate features used by the kernel distance"
     )
     reject_above: float = Field(
-        default=0.5, gt=0, lt=1, description="A picture whose reject probability is higher is never right"
+        default=0.6, gt=0, lt=1, description="A picture whose reject probability is higher is never right"
     )
 
 

@@ -21,7 +21,7 @@ from models.engine.randomness import Randomness
 from models.networks.prx import Denoiser
 from models.posttraining.config import DpoConfig
 from models.pretraining.flow_matching import noised, velocity_error
-from models.pretraining.timesteps import sample_times
+from models.pretraining.timesteps import draw_times
 
 
 class DiffusionDpo:
@@ -44,7 +44,7 @@ class DiffusionDpo:
         """Same t and eps for winner and loser; the reference's errors."""
         _, _, h, w = batch.images.shape
         tokens = h * w // self.denoiser.transformer.config.patch_size**2
-        t = sample_times(rng.uniform("time"), tokens, self.config.timesteps)
+        t = draw_times(rng, tokens, self.config.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         extra = dict(batch.extra, t=t, eps=eps)
         with torch.no_grad():

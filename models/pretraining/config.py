@@ -17,6 +17,7 @@ class TimestepConfig(Config):
     density: Literal["uniform", "logit_normal"] = Field(default="logit_normal", description="Density of t")
     mean: float = Field(default=0.0, ge=-5, le=5, description="Mean of logit(t); above 0 means more noise")
     std: float = Field(default=1.0, gt=0, le=5, description="Standard deviation of logit(t)")
+    stratified: bool = Field(default=True, description="Spread a batch's times evenly over the density")
     shift: Literal["none", "sqrt_tokens"] = Field(
         default="sqrt_tokens", description="sqrt_tokens: k = sqrt(tokens / base_tokens) per sample (SD3)"
     )

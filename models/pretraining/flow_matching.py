@@ -17,7 +17,7 @@ from models.engine.randomness import Randomness
 from models.networks.prx import T_CLAMP, Denoiser
 from models.pretraining.config import TimestepConfig
 from models.pretraining.repa import Repa
-from models.pretraining.timesteps import sample_times
+from models.pretraining.timesteps import draw_times
 
 
 class FlowMatching:
@@ -44,7 +44,7 @@ class FlowMatching:
         """Draw t and eps and mix x_t."""
         _, _, height, width = batch.images.shape
         tokens = (height * width) // self.denoiser.transformer.config.patch_size**2
-        t = sample_times(rng.uniform("time"), tokens, self.timesteps)
+        t = draw_times(rng, tokens, self.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         return replace(batch, extra={**batch.extra, "t": t, "eps": eps, "x_t": noised(batch.images, eps, t)})
 

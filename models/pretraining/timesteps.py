@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from models.engine.randomness import Randomness
 from models.pretraining.config import TimestepConfig
 
 
@@ -24,6 +25,11 @@ def shift_of(tokens: int, config: TimestepConfig) -> float:
 def apply_shift(t: torch.Tensor, k: float | torch.Tensor) -> torch.Tensor:
     """t' = k t / (1 + (k - 1) t); fixes 0 and 1, composes by product of k."""
     return k * t / (1 + (k - 1) * t)
+
+
+def draw_times(rng: Randomness, tokens: int, config: TimestepConfig) -> torch.Tensor:
+    """This step's times [B], one a slot."""
+    return sample_times(rng.stratified("time") if config.stratified else rng.uniform("time"), tokens, config)
 
 
 def sample_times(u: torch.Tensor, tokens: int, config: TimestepConfig) -> torch.Tensor:

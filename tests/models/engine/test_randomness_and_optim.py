@@ -20,6 +20,18 @@ def test_draws_depend_on_the_slot_not_on_who_draws_it() -> None:
     assert not torch.equal(whole, Randomness(1, 7, (0, 1, 2, 3)).normal("other", (2, 2)))
 
 
+def test_stratified_numbers_leave_no_gap_and_are_uniform_one_by_one() -> None:
+    slots = tuple(range(12))
+    rows = torch.stack([Randomness(3, step, slots).stratified("time") for step in range(2000)])
+    ordered = rows.sort(1).values
+    gaps = torch.cat([ordered.diff(dim=1), ordered[:, :1] + 1 - ordered[:, -1:]], 1)
+    assert gaps.max() < 2 / 12  # independent draws leave a gap of 0.26 on average
+    for column in rows.T:
+        assert (column.sort().values - torch.linspace(0, 1, 2000)).abs().max() < 1.63 / 2000**0.5  # KS, 1 %
+    parts = [Randomness(3, 5, part).stratified("time") for part in (slots[:5], slots[5:])]
+    assert torch.equal(torch.cat(parts), rows[5])
+
+
 def test_derived_seeds_are_stable_across_processes() -> None:
     assert derive_seed(0, "noise", 3, 1) == 1944017832763747053
     assert derive_seed(1, "a") != derive_seed(1, "b")
@@ -39,6 +51,17 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalise(stack))
     assert values.min() > 0.3
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 40), (2, 40, 16), (2, 16, 16)])
+def test_newton_schulz_on_the_gram_matrix_is_newton_schulz(shape) -> None:
+    """Oracle: X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, on the matrices themselves, in double precision."""
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = stack.double() / stack.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+    torch.testing.assert_close(orthogonalise(stack).double(), x, atol=2e-4, rtol=0)
 
 
 def test_muon_moves_as_torch_muon_does_up_to_its_bfloat16() -> None:
