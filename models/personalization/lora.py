@@ -41,7 +41,8 @@ def adapter_tensors(denoiser: Denoiser) -> dict[str, torch.Tensor]:
 def save_adapter(denoiser: Denoiser, config: LoraConfig, folder: Path, metadata: dict[str, str]) -> None:
     """Write adapter_model.safetensors (scale folded in: alpha = rank) and adapter_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(denoiser), folder / "adapter_model.safetensors", metadata=metadata)
+    about = {"t2i": json.dumps(metadata, sort_keys=True)}  # one key: safetensors writes several in random order
+    save_file(adapter_tensors(denoiser), folder / "adapter_model.safetensors", metadata=about)
     settings = {
         "peft_type": "LORA", "r": config.rank, "lora_alpha": config.rank, "target_modules": list(config.targets),
         "inference_mode": True, "bias": "none", "lora_dropout": 0.0,

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
@@ -93,3 +96,16 @@ def test_no_pictures_of_the_subject_is_an_error() -> None:
 def test_a_rank_above_the_layers_is_an_error(tiny) -> None:
     with pytest.raises(ValueError, match=r"lora.rank=64 exceeds the layers' smallest side 16"):
         add_lora(tiny(0), LoraConfig(rank=64), 0)
+
+
+def test_saved_adapters_are_equal_to_the_byte(tiny, tmp_path) -> None:
+    """An adapter's digest is its identity; safetensors writes several metadata keys in an order of its own."""
+    denoiser = tiny(0)
+    add_lora(denoiser, LoraConfig(rank=2), seed=0)
+    about = {f"key {i}": "value" for i in range(8)}
+    for name in ("one", "two"):
+        save_adapter(denoiser, LoraConfig(rank=2), tmp_path / name, about)
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+    with safe_open(tmp_path / "one" / "adapter_model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["t2i"]) == about
