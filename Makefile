@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-lifecycle check clean install
+.PHONY: demo test test-lifecycle check bench clean install
 
 install: $(STAMP)
 
@@ -33,6 +33,9 @@ test: check
 
 test-lifecycle: $(STAMP)
 	$(BIN)/pytest -m lifecycle tests/flows
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
