@@ -18,9 +18,7 @@ class DemoWebConfig(Config):
 
     kind: Literal["demo_web"] = Field(default="demo_web", description="Make up a small web of pictures.")
     rows: int = Field(default=8_000, ge=50, le=1_000_000, description="URLs to publish, planted defects included.")
-    square_share: float = Field(
-        default=0.6, ge=0, le=1, description="Share of square pictures of basic-vocabulary scenes."
-    )
+    square_share: float = Field(default=0.6, ge=0, le=1, description="Share of square pictures.")
     defect_share: float = Field(default=0.12, ge=0, le=0.5, description="Share of rows with a planted defect.")
     shortest_side: int = Field(default=96, ge=64, le=512, description="Least width and height of a sound picture, px.")
     longest_side: int = Field(default=512, ge=128, le=2048, description="Greatest width and height, px.")

@@ -37,6 +37,7 @@ COPIES: tuple[Defect, ...] = ("exact_duplicate", "near_duplicate")
 OVERSIZE_SIDE = 7_000
 FORMATS = {"JPEG": ("jpg", "image/jpeg"), "PNG": ("png", "image/png"), "WEBP": ("webp", "image/webp")}
 CHUNK = 125
+BASIC_SQUARES = 0.4  # share of the square pictures that show scenes of the basic vocabulary; the others show any
 WEB_SCHEMA = pa.schema([
     ("path", pa.string()), ("body", pa.binary()), ("status", pa.int32()), ("content_type", pa.string()),
 ])  # fmt: skip
@@ -144,7 +145,8 @@ def _scenes(config: DemoWebConfig, count: int, rng: np.random.Generator) -> list
         rounds = -(-number // len(once))
         return [once[i] for _ in range(rounds) for i in rng.permutation(len(once))][:number]
 
-    chosen = [(scene, True) for scene in turns(basic, num_square)]
+    num_basic = round(num_square * BASIC_SQUARES)
+    chosen = [(scene, True) for scene in turns(basic, num_basic) + turns(full, num_square - num_basic)]
     chosen += [(scene, False) for scene in turns(full, count - num_square)]
     return _shuffled(chosen, rng)
 

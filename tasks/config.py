@@ -69,7 +69,7 @@ class EvaluateConfig(Config):
     diversity_seeds: int = Field(default=4, ge=2, description="Pictures per prompt for diversity")
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind each kernel-distance interval")
     grid_prompts: int = Field(default=12, ge=1, description="Prompts in the cross-stage grid")
-    batch_size: int = Field(default=32, ge=1, description="Pictures sampled at a time")
+    batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time; few stay in a CPU's cache")
 
 
 class ReportConfig(Config):

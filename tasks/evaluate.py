@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,19 @@ class Job:
 
 def draw_job(job: Job) -> np.ndarray:
     """Pictures uint8 [N, side, side, 3]; on one thread, so that they do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     prompts, side = job.asked.prompts, job.asked.side
-    try:
+    with one_thread():
         generator = load_generator(job.folder)
         return generator.sample(prompts.texts, prompts.seeds, width=side, height=side, batch_size=job.batch_size)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Results of this block do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -123,6 +131,23 @@ def real_pictures(lists: Mapping[str, Asked], seed: int) -> dict[str, np.ndarray
     }
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One checkpoint's pictures (or the real ones) by label, and what they are measured with."""
+
+    config: EvaluateConfig
+    judge: Judge
+    reference: Reference
+    lists: Mapping[str, Asked]
+    drawn: Mapping[str, np.ndarray]
+
+
+def score_answer(answer: Answer) -> Sheet:
+    """Every score that one checkpoint's pictures allow on their own."""
+    with one_thread():
+        return score_pictures(answer.config, answer.judge, answer.reference, answer.lists, answer.drawn)
+
+
 def score_pictures(
     config: EvaluateConfig,
     judge: Judge,
@@ -130,7 +155,7 @@ def score_pictures(
     lists: Mapping[str, Asked],
     drawn: Mapping[str, np.ndarray],
 ) -> Sheet:
-    """Every score that one checkpoint's pictures (or the real ones) allow on their own."""
+    """The scores of every prompt list these pictures answer."""
     sheet = Sheet()
     for i, chosen in enumerate(config.sets):
         label = label_of(chosen)
@@ -198,7 +223,8 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     drawn = draw_all(config, ctx, lists, checkpoints)
     drawn[REAL] = real_pictures(lists, config.seed + 50)
     reference = Reference.of(judge, config.sets[0], lists[label_of(config.sets[0])].prompts, config)
-    sheets = {stage: score_pictures(config, judge, reference, lists, part) for stage, part in drawn.items()}
+    answers_of = [Answer(config, judge, reference, lists, part) for part in drawn.values()]
+    sheets = dict(zip(drawn, ctx.fan_out(score_answer, answers_of), strict=True))
     first = f"prompt_accuracy{suffix_of(config.sets[0])}"
     for subject in config.subjects:
         pair = [sheets[name].answers.get(first) for name in (subject.stage, subject.parent)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from models.sampling.generate import load_generator
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
+CHUNK = 64  # pictures drawn by one call
+
 
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     """Best and worst picture of each group under the reward; ties dropped."""
-    generator = load_generator(ctx.inputs["init"])
     judge = Judge.load(ctx.inputs["judge"])
     published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
     rng = np.random.default_rng([config.seed, 77])
@@ -39,11 +41,8 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     asked = [scene for scene in chosen for _ in range(config.group)]
     prompts = [demo.short_caption(scene) for scene in asked]
     seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(asked))]
-    parts = []
-    for start in range(0, len(asked), 64):
-        part = slice(start, start + 64)
-        parts.append(generator.sample(prompts[part], seeds[part], steps=config.steps, guidance=config.guidance))
-        ctx.progress(min(start + 64, len(asked)), len(asked), {})
+    slices = [slice(start, start + CHUNK) for start in range(0, len(asked), CHUNK)]
+    parts = ctx.fan_out(_rollout, [(config, ctx.inputs["init"], prompts[part], seeds[part]) for part in slices])
     images = np.concatenate(parts)
     rewards = judge_reward(judge, images, asked).reshape(config.prompts, config.group)
     best, worst = rewards.argmax(1), rewards.argmin(1)
@@ -68,6 +67,11 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     pq.write_table(table, ctx.out / "pairs.parquet")
     return {"prompts": config.prompts, "pairs": len(kept), "ties": config.prompts - len(kept),
             "mean_reward": float(rewards.mean()), "mean_gap": float(gaps[kept].mean())}  # fmt: skip
+
+
+def _rollout(item: tuple[PairsConfig, Path, list[str], list[int]]) -> np.ndarray:
+    config, checkpoint, prompts, seeds = item
+    return load_generator(checkpoint).sample(prompts, seeds, steps=config.steps, guidance=config.guidance)
 
 
 def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:

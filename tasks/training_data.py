@@ -57,13 +57,16 @@ class TrainingData:
     def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
         """This worker's batch as a pure function of the step."""
         slots = local_slots(batch_size)
-        main = self.set.select(select.resolutions, select.domains)
-        replay = self.set.select(select.resolutions) if select.replay > 0 else None
+        groups = [select.resolutions] if select.shares is None else [(side,) for side in select.resolutions]
+        bounds = np.cumsum(select.shares or (1.0,))
+        main = [self.set.select(group, select.domains) for group in groups]
+        replay = [self.set.select(group) for group in groups] if select.replay > 0 else main
 
         def batch(step: int) -> Batch:
             rng = Randomness(seed, step, slots)
-            replayed = replay is not None and float(torch.rand((), generator=rng.shared("replay"))) < select.replay
-            source = replay if replayed and replay is not None else main
+            replayed = float(torch.rand((), generator=rng.shared("replay"))) < select.replay
+            place = float(torch.rand((), generator=rng.shared("resolution"))) * bounds[-1]
+            source = (replay if replayed else main)[int(np.searchsorted(bounds, place, side="right"))]
             ids = source.batch(step, batch_size, seed)
             part = type(ids)(ids.bucket, ids.positions[list(slots)], ids.rows[list(slots)])
             rows = self.set.gather(part)

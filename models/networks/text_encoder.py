@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ftfy
 import torch
+from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging as transformers_logging
 
@@ -41,10 +42,15 @@ def modules() -> tuple[BertModel, AutoTokenizer]:
 
 @torch.no_grad()
 def encode(prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw features [B, max_tokens, D] float32 and mask [B, max_tokens] bool; longer prompts are cut."""
+    """Raw features [B, max_tokens, D] float32, and the mask [B, max_tokens] bool; longer prompts are cut.
+
+    The pipeline pads to `max_tokens` before the encoder; no masked token changes another, so padding after it is enough.
+    """
     model, tokenizer = modules()
     batch = tokenizer(
-        [clean(p) for p in prompts], padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+        [clean(p) for p in prompts], padding=True, max_length=max_tokens, truncation=True, return_tensors="pt"
     )
     mask = batch["attention_mask"]
-    return model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state, mask.bool()
+    states = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    missing = max_tokens - mask.shape[1]
+    return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))

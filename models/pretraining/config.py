@@ -37,10 +37,23 @@ class SelectConfig(Config):
     """Which rows of the training set a stage reads, and with which caption."""
 
     resolutions: tuple[int, ...] = Field(default=(32,), min_length=1, description="Base sides to train on")
+    shares: tuple[float, ...] | None = Field(
+        default=None, description="Share of the steps of each resolution; null: by the number of pictures"
+    )
     domains: tuple[str, ...] | None = Field(default=None, description="Only these domains; null means all")
     long_captions: float = Field(default=0.0, ge=0, le=1, description="Share of samples with the long caption")
     empty_captions: float = Field(default=0.1, ge=0, lt=1, description="Share of samples without caption (for CFG)")
-    replay: float = Field(default=0.0, ge=0, lt=1, description="Share of each batch drawn from all domains instead")
+    replay: float = Field(default=0.0, ge=0, lt=1, description="Share of the steps drawn from all domains instead")
+
+    @model_validator(mode="after")
+    def _a_share_each(self) -> SelectConfig:
+        if self.shares is not None and (
+            len(self.shares) != len(self.resolutions) or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6
+        ):
+            raise ValueError(
+                f"shares={self.shares} must be one positive share for each of resolutions={self.resolutions}, 1 in all"
+            )
+        return self
 
 
 class SamplingConfig(Config):
