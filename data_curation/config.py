@@ -106,9 +106,9 @@ class DedupConfig(Config):
     hash_size: int = Field(
         default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared."
     )
-    max_distance: int = Field(default=44, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
+    max_distance: int = Field(default=60, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
     max_relative: float = Field(
-        default=0.2, gt=0, le=1,
+        default=0.18, gt=0, le=1,
         description="Greatest difference of registered copies over their slopes; half of it at max_distance.",
     )  # fmt: skip
     max_tint: float = Field(default=2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")

@@ -254,7 +254,8 @@ def _send_the_rest() -> None:
 @contextmanager
 def local_ray(resources: Resources, dashboard: bool = False) -> Iterator[None]:
     """Ray for the length of a run: the one at `ray_address`, or a quiet local one that asks for a token."""
-    values: dict[str, str | None] = {**quiet_environment()}
+    threads = str(resources.threads_per_worker)  # two processes of two threads on two cores are slower than one
+    values: dict[str, str | None] = {**quiet_environment(), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if resources.ray_address is None:
         values |= {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with environment(values):

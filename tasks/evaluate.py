@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from data_curation.scenes import draw_batch
 from infra.errors import ConfigError, GateFailed
 from infra.stages import StageContext
+from models.engine.distribute import one_thread
 from models.evaluation.gates import Verdict, judge_gate, paired_difference
 from models.evaluation.judge import SIDE, Judge, area_average
 from models.sampling.generate import load_generator
@@ -64,17 +63,6 @@ def draw_job(job: Job) -> np.ndarray:
     with one_thread():
         generator = load_generator(job.folder)
         return generator.sample(prompts.texts, prompts.seeds, width=side, height=side, batch_size=job.batch_size)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Results of this block do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def lists_of(config: EvaluateConfig) -> dict[str, Asked]:

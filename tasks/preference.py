@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from data_curation import scenes as demo
 from infra.errors import DataRefused
 from infra.stages import StageContext
+from models.engine.distribute import one_thread
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness, derive_seed
@@ -71,7 +72,8 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
 
 def _rollout(item: tuple[PairsConfig, Path, list[str], list[int]]) -> np.ndarray:
     config, checkpoint, prompts, seeds = item
-    return load_generator(checkpoint).sample(prompts, seeds, steps=config.steps, guidance=config.guidance)
+    with one_thread():
+        return load_generator(checkpoint).sample(prompts, seeds, steps=config.steps, guidance=config.guidance)
 
 
 def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.engine.distribute import one_thread
 from models.evaluation import corruptions as corrupt
 from models.evaluation.config import JudgeConfig
 from models.evaluation.judge import Judge, JudgeNetwork, SceneLike, Vocabulary, shape_channel, to_float
@@ -147,12 +148,8 @@ def train_network(
     progress: Progress,
 ) -> JudgeNetwork:
     """One of the two networks, trained on one thread so that the result does not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _train_network(kind, images, scenes, vocabulary, config, progress)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train_network(

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from safetensors.numpy import save_file
+
+from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
+from data_curation.manifest import write_table
+from infra.errors import ConfigError
+from models.pretraining.config import SelectConfig
+from tasks.training_data import TrainingData
+
+ROWS = {32: 24, 40: 72}
+CHANNELS = {32: 5, 40: 0}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """An encoded training set of 24 pictures at 32 px and 72 at 40 px; every third one is of the extended domain."""
+    index = [
+        {"row_id": f"{side}-{i}", "resolution": side, "width": side, "height": side, "position": i, "caption_short": 1,
+         "caption_long": 2, "domain": "extended" if i % 3 == 0 else "basic", "split": "train"}
+        for side, count in ROWS.items() for i in range(count)
+    ]  # fmt: skip
+    write_table(index, INDEX_SCHEMA, tmp_path / "index.parquet")
+    captions = [{"id": i, "text": text} for i, text in enumerate(("", "short", "long"))]
+    write_table(captions, CAPTIONS_SCHEMA, tmp_path / "captions.parquet")
+    save_file(
+        {"tokens": np.ones((6, 4), np.float16), "offsets": np.array([0, 1, 3, 6]), "mean": np.zeros(4, np.float32),
+         "std": np.ones(4, np.float32)},
+        tmp_path / "text.safetensors",
+    )  # fmt: skip
+    for side, count in ROWS.items():
+        images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, side, side, 3)).copy()
+        teacher = np.zeros((count, side // 4, side // 4, CHANNELS[side]), np.float16)
+        save_file({"images": images, "teacher": teacher}, tmp_path / f"images-{side}x{side}.safetensors")
+    return TrainingData(tmp_path)
+
+
+def sides(data, select, steps=400):
+    batches = data.batches(select, 4, 0, teacher=False)
+    return np.array([batches(step).images.shape[-1] for step in range(steps)])
+
+
+def test_without_shares_a_resolution_comes_as_often_as_it_has_pictures(data) -> None:
+    assert (sides(data, SelectConfig(resolutions=(32, 40))) == 32).mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_shares_are_the_share_of_the_steps(data) -> None:
+    select = SelectConfig(resolutions=(32, 40), shares=(0.8, 0.2))
+    assert (sides(data, select) == 32).mean() == pytest.approx(0.8, abs=0.06)
+    assert np.array_equal(sides(data, select)[100:], sides(data, select)[100:])  # a pure function of the step
+    with pytest.raises(ValidationError, match="one positive share for each"):
+        SelectConfig(resolutions=(32, 40), shares=(1.0,))
+
+
+def test_replay_is_the_share_of_the_steps_that_read_every_domain(data) -> None:
+    """Picture i is grey level i; the extended domain has every third one."""
+
+    def foreign(replay: float) -> float:
+        batches = data.batches(SelectConfig(domains=("extended",), replay=replay), 4, 0, teacher=False)
+        levels = np.stack([((batches(step).images[:, 0, 0, 0] + 1) * 127.5).round() for step in range(400)])
+        return float((levels % 3 != 0).mean())
+
+    assert foreign(0.0) == 0
+    assert foreign(0.6) == pytest.approx(0.6 * 2 / 3, abs=0.05)
+
+
+def test_repa_on_a_resolution_without_teacher_features_is_refused(data) -> None:
+    assert data.teacher_dim(SelectConfig(resolutions=(32,))) == 5
+    with pytest.raises(ConfigError, match="data.encode.teacher_resolutions"):
+        data.teacher_dim(SelectConfig(resolutions=(32, 40)))
