@@ -188,6 +188,7 @@ def _say_plan(rows: Any) -> None:
 def _interruptible(work: Any, root: str, as_json: bool) -> Mapping[str, Any]:
     """Do the work; when it is interrupted or fails, still end with the record where JSON is wanted."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     try:
         record: Mapping[str, Any] = work()
     except BaseException as error:
