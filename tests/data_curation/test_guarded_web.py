@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from data_curation.fetch_process import classify
-from data_curation.guarded_web import RefusedError, install_guard
+from data_curation.config import DownloadConfig
+from data_curation.guard import RefusedError
+from data_curation.guarded_web import install_guard
 
 
 class Web(http.server.BaseHTTPRequestHandler):
@@ -62,7 +64,8 @@ def port() -> Iterator[int]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    install_guard({"pinned.test": f"127.0.0.1:{server.server_port}"}, False, 10_000, 0.5, "an honest name")
+    config = DownloadConfig(max_bytes=10_000, deadline_seconds=0.5, user_agent="an honest name")
+    install_guard(config, {"pinned.test": f"127.0.0.1:{server.server_port}"})
     yield server.server_port
     urllib.request.install_opener(None)  # type: ignore[arg-type]
     server.shutdown()
