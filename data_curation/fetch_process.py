@@ -205,6 +205,8 @@ def fetchable_or_none(url: str | None) -> str | None:
 
 def main(spec_path: Path) -> None:
     """Fetch every shard of the spec that is not there yet; a shard is there when its file has its final name."""
+    import img2dataset.downloader  # noqa: F401 - seconds that no shard should pay for
+
     spec = json.loads(spec_path.read_text())
     config = DownloadConfig.model_validate(spec["config"])
     guard = install_guard(config, spec["pins"])
