@@ -43,10 +43,10 @@ TRAITS: dict[str, Traits] = {
     "flow_matching": Traits("checkpoint", runs="train"),
     "make_pairs": Traits("pairs"),
     "dpo": Traits("checkpoint", runs="train"),
-    "dreambooth": Traits("checkpoint", runs="train"),
+    "dreambooth": Traits("checkpoint", runs="train", version=2),
     "distill": Traits("checkpoint", runs="train"),
     "evaluate": Traits("scores"),
-    "export": Traits("pipelines"),
+    "export": Traits("pipelines", version=2),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }
