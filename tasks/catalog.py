@@ -34,7 +34,7 @@ TRAITS: dict[str, Traits] = {
     "publish_demo_web": Traits("source"),
     "read_list": Traits("source"),
     "read_folder": Traits("source"),
-    "download": Traits("manifest"),
+    "download": Traits("manifest", version=2),
     "deduplicate": Traits("manifest"),
     "filter_quality": Traits("manifest"),
     "assign_buckets": Traits("manifest"),
