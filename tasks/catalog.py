@@ -46,7 +46,7 @@ TRAITS: dict[str, Traits] = {
     "dreambooth": Traits("checkpoint", runs="train", version=2),
     "distill": Traits("checkpoint", runs="train"),
     "evaluate": Traits("scores"),
-    "export": Traits("pipelines", version=2),
+    "export": Traits("pipelines", version=3),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }

@@ -39,7 +39,7 @@ def export_pipeline(checkpoint: Path, folder: Path) -> None:
     from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 
     card = read_card(checkpoint)
-    encoder, tokenizer = text_encoder.modules()
+    encoder, tokenizer = text_encoder.load()
     pipeline = PRXPixelPipeline(
         transformer=prx.load(checkpoint / "transformer").transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_settings(card)),
