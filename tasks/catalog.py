@@ -43,7 +43,7 @@ TRAITS: dict[str, Traits] = {
     "flow_matching": Traits("checkpoint", runs="train"),
     "make_pairs": Traits("pairs", version=2),
     "dpo": Traits("checkpoint", runs="train", version=2),
-    "dreambooth": Traits("checkpoint", runs="train", version=2),
+    "dreambooth": Traits("checkpoint", runs="train", version=3),
     "distill": Traits("checkpoint", runs="train"),
     "evaluate": Traits("scores"),
     "export": Traits("pipelines", version=3),
