@@ -37,6 +37,10 @@ class Generator:
         pairs = [self._features[p] for p in prompts]
         return torch.stack([t for t, _ in pairs]), torch.stack([m for _, m in pairs])
 
+    def forget(self, prompt: str) -> None:
+        """Encode this prompt anew when it is asked next (for measuring)."""
+        self._features.pop(prompt, None)
+
     def sample(
         self,
         prompts: Sequence[str],

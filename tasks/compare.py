@@ -1,0 +1,174 @@
+"""Stage `compare`: every student against its teacher at the same number of steps, on the same prompts and noise.
+
+A student passes its gate at N steps when it is right more often than the guided teacher at N steps (or equally often at
+a smaller kernel distance). The best passing student of each step count is named in best.json; export gives it away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra.errors import GateFailed
+from infra.stages import StageContext
+from models.distillation.grid import sub_grids
+from models.engine.distribute import one_thread
+from models.evaluation.gates import paired_difference
+from models.evaluation.judge import SIDE, Judge
+from models.networks.checkpoint import read_card
+from models.sampling.generate import load_generator
+from tasks.compare_scores import Measured, Yardstick, measure, time_row
+from tasks.config import CompareConfig
+from tasks.evaluate_prompts import Prompts, prompt_set, several_seeds
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint at one number of steps."""
+
+    stage: str
+    steps: int
+    folder: Path
+    guidance: float
+
+    @property
+    def label(self) -> str:
+        """Name in the table."""
+        return f"{self.stage}@{self.steps}"
+
+    @property
+    def calls(self) -> int:
+        """Network calls a picture takes; guidance doubles them."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One row and one list of prompts."""
+
+    row: Row
+    name: str
+    prompts: Prompts
+    batch_size: int
+
+
+def draw(job: Drawing) -> np.ndarray:
+    """Pictures uint8 [N, 32, 32, 3], on one thread so that they do not depend on the machine's cores."""
+    with one_thread():
+        generator = load_generator(job.row.folder)
+        return generator.sample(
+            job.prompts.texts, job.prompts.seeds, width=SIDE, height=SIDE, steps=job.row.steps,
+            guidance=job.row.guidance, batch_size=job.batch_size,
+        )  # fmt: skip
+
+
+def rows_of(config: CompareConfig, ctx: StageContext) -> list[Row]:
+    """The teacher at its step counts, each student at those it was trained for."""
+    rows = [Row(TEACHER, n, ctx.inputs[TEACHER], config.guidance) for n in config.teacher_steps]
+    for stage, folder in ctx.inputs.items():
+        if stage in ("judge", TEACHER):
+            continue
+        card = read_card(folder)
+        trained = card.trained_steps or sub_grids(card.steps)
+        rows += [Row(stage, n, folder, 1.0) for n in config.student_steps if n in trained]
+    return rows
+
+
+def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
+    """comparison.json with every row, its gate and the best student; best.json for the export."""
+    judge, rows = Judge.load(ctx.inputs["judge"]), rows_of(config, ctx)
+    lists = {
+        "basic": prompt_set("held_out_basic", config.basic_prompts, config.seed),
+        "full": prompt_set("held_out_full", config.full_prompts, config.seed),
+        "several": several_seeds(config.diversity_prompts, config.diversity_seeds, config.seed),
+    }
+    jobs = [Drawing(row, name, prompts, config.batch_size) for row in rows for name, prompts in lists.items()]
+    jobs.sort(key=lambda job: -len(job.prompts) * job.row.calls)
+    pictures: dict[str, dict[str, np.ndarray]] = {row.label: {} for row in rows}
+    for job, images in zip(jobs, ctx.fan_out(draw, jobs), strict=True):
+        pictures[job.row.label][job.name] = images
+    yardstick = Yardstick.of(judge, lists["basic"], config)
+    measured = {label: measure(judge, yardstick, lists, drawn, config) for label, drawn in pictures.items()}
+    record = table(rows, measured, ctx)
+    with one_thread():
+        for row in rows:
+            record[row.label] |= {"latency": time_row(row.folder, row.steps, row.guidance, lists["basic"], config)}
+    verdicts = gates(rows, measured)
+    best = best_students(rows, measured, verdicts)
+    top = f"{TEACHER}@{max(config.teacher_steps)}"
+    ratios = {label: against(measured[label], measured[top]) for label in measured}
+    speed = record[top]["latency"]["denoise"]["p50"]
+    for label in record:
+        ratios[label]["speed_up"] = round(speed / record[label]["latency"]["denoise"]["p50"], 2)
+    full = {"rows": record, "gates": verdicts, "best": best, "reference": top, "ratios": ratios,
+            "floor": yardstick.floor}  # fmt: skip
+    (ctx.out / "comparison.json").write_text(json.dumps(full, indent=1, sort_keys=True) + "\n")
+    (ctx.out / "best.json").write_text(json.dumps(best, indent=1, sort_keys=True) + "\n")
+    missed = [f"{v['row']}: {v['reason']}" for v in verdicts if not v["passed"]]
+    if config.strict_gate and missed:
+        raise GateFailed(f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json")
+    return {"best": best, "gates": verdicts, "ratios": ratios, "rows": len(rows)}
+
+
+def table(rows: list[Row], measured: Mapping[str, Measured], ctx: StageContext) -> dict[str, dict[str, Any]]:
+    """One record a row: scores, and what training it took."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        facts = ctx.parents[row.stage].facts
+        cost = {name: facts[name] for name in ("seconds", "samples", "steps") if name in facts}
+        out[row.label] = {
+            "stage": row.stage, "steps": row.steps, "guidance": row.guidance,
+            "network_calls": row.calls, "training": cost,
+            "method": read_card(row.folder).method, **measured[row.label].scores,
+        }  # fmt: skip
+    return out
+
+
+def gates(rows: list[Row], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """Does each student beat the teacher at the same number of steps."""
+    verdicts = []
+    for row in rows:
+        other = f"{TEACHER}@{row.steps}"
+        if row.stage == TEACHER or other not in measured:
+            continue
+        own, its = measured[row.label], measured[other]
+        difference = paired_difference(own.right, its.right)
+        gain = own.accuracy - its.accuracy
+        passed = gain > 0 or (gain == 0 and own.distance < its.distance)
+        reason = f"{own.accuracy:.3f} against {its.accuracy:.3f} of the teacher at {row.steps} step(s)"
+        verdicts.append({"row": row.label, "stage": row.stage, "steps": row.steps, "passed": bool(passed),
+                         "reason": reason, "difference": difference})  # fmt: skip
+    return verdicts
+
+
+def best_students(
+    rows: list[Row], measured: Mapping[str, Measured], verdicts: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Step count -> the student that is right most often among those that passed."""
+    passed = {verdict["row"] for verdict in verdicts if verdict["passed"]}
+    best: dict[str, dict[str, Any]] = {}
+    for steps in sorted({row.steps for row in rows}):
+        able = [row for row in rows if row.steps == steps and row.label in passed]
+        if able:
+            top = max(able, key=lambda row: (measured[row.label].accuracy, -measured[row.label].distance))
+            best[str(steps)] = {"stage": top.stage, "accuracy": round(measured[top.label].accuracy, 5)}
+    return best
+
+
+def against(own: Measured, top: Measured) -> dict[str, float | None]:
+    """Shares of the reference row's accuracies, and how the distances compare."""
+    keys = {"basic": "prompt_accuracy", "full": "prompt_accuracy_full"}
+    ratios: dict[str, float | None] = {}
+    for name, key in keys.items():
+        base = top.scores[key]["value"]
+        ratios[name] = round(own.scores[key]["value"] / base, 4) if base else None
+    ratios["distance"] = round(own.distance / top.distance, 3) if top.distance > 0 else None
+    ratios["diversity"] = round(own.scores["diversity"]["value"] / top.scores["diversity"]["value"], 3)
+    return ratios
