@@ -29,8 +29,8 @@ class Schedule:
         return shift_of(h * w // self.patch_size**2, self.rule)
 
     def at(self, index: torch.Tensor, steps: int, images: torch.Tensor) -> torch.Tensor:
-        """Times [B] float32 of grid positions `index` [B] in 0 .. `steps`."""
-        return apply_shift(index.double() / steps, self.shift(images)).float()
+        """Times [B], of the pictures' type, of grid positions `index` [B] in 0 .. `steps`."""
+        return apply_shift(index.double() / steps, self.shift(images)).to(images.dtype)
 
 
 def check_grid(times: Sequence[float]) -> None:

@@ -55,7 +55,7 @@ class MeanFlow:
     @torch.no_grad()
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Intervals, noised pictures, and u*."""
-        t, r = self.intervals(rng)
+        t, r = (times.to(batch.images.dtype) for times in self.intervals(rng))
         x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)
         x_0 = guided_x_0(self.teacher, x_t, t, batch.tokens, batch.mask, self.null, self.guidance)
         v = velocity_of(x_0, x_t, t)
