@@ -77,6 +77,18 @@ class Mixture(nn.Module):
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
+    def table(self):
+        """The same map, interpolated between 2,001 points (error < 1e-4): for training."""
+        z = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+        ends = self.end(z)
+
+        def look_up(noise):
+            place = ((noise.double() + 5) * 200).clamp(0, 1999.999)
+            low = place.long()
+            return (ends[low] + (place - low) * (ends[low + 1] - ends[low])).float()
+
+        return look_up
+
     def draw(self, count, generator):
         kind = torch.multinomial(torch.tensor(WEIGHTS), count, True, generator=generator)
         return (torch.tensor(MEANS)[kind] + STD * torch.randn(count, generator=generator)).view(-1, 1, 1, 1)

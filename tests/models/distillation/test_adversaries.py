@@ -86,7 +86,6 @@ class fast:  # noqa: N801 - stands for Randomness where its one generator a samp
         return self.generator
 
 
-@pytest.mark.slow
 def test_dmd_finds_mean_and_spread_and_needs_its_fake_score(gaussian, line) -> None:
     """T14 and T15: without the fake score the generator falls onto the mode; with the wrong sign it runs away."""
     m, s = distilled(gaussian, line)
