@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.lifecycle_runs import SEEDS, made_in, mean, score
+from benchmarks.lifecycle_runs import SEEDS, lifecycle, made_in, mean, score
 from benchmarks.record import record
 
 STAGE, PARENT = "dreambooth-robot", "dpo"
@@ -17,10 +17,11 @@ BAR, LOSS, SECONDS = 0.6, 0.1, 90
 
 def main() -> dict[str, Any]:
     """Read three lifecycles."""
-    subject = [score(seed, STAGE, "subject_accuracy") for seed in SEEDS]
-    before = [score(seed, PARENT, "subject_accuracy") for seed in SEEDS]
-    drift = [score(seed, STAGE, "class_drift") for seed in SEEDS]
-    seconds = [made_in(seed, STAGE) for seed in SEEDS]
+    runs = [lifecycle(seed) for seed in SEEDS]
+    subject = [score(run, STAGE, "subject_accuracy") for run in runs]
+    before = [score(run, PARENT, "subject_accuracy") for run in runs]
+    drift = [score(run, STAGE, "class_drift") for run in runs]
+    seconds = [made_in(run, STAGE) for run in runs]
     met = mean(subject) >= BAR and max(drift) < LOSS and max(seconds) <= SECONDS
     return record("personalization", list(SEEDS), mean(subject), BAR, BAR, met,
                   {"subject_accuracy": subject, "before": before, "class_drift": drift, "seconds": seconds})  # fmt: skip

@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.lifecycle_runs import SEEDS, lifecycle, made_in, mean, score
+from benchmarks.lifecycle_runs import PRETRAINING, SEEDS, made_in, mean, pretraining, score
 from benchmarks.record import record
 
-STAGES = ("pretrain-32", "pretrain-40")
 BAR, FLOOR, SECONDS = 0.92, 0.85, 480
 
 
 def main() -> dict[str, Any]:
-    """Read three lifecycles."""
-    basic = [score(seed, STAGES[-1], "prompt_accuracy") for seed in SEEDS]
-    full = [score(seed, STAGES[-1], "prompt_accuracy_full") for seed in SEEDS]
-    seconds = [made_in(seed, *STAGES) for seed in SEEDS]
+    """Pre-train three times and judge the last checkpoint."""
+    runs = [pretraining(seed) for seed in SEEDS]
+    basic = [score(run, PRETRAINING[-1], "prompt_accuracy") for run in runs]
+    full = [score(run, PRETRAINING[-1], "prompt_accuracy_full") for run in runs]
+    seconds = [made_in(run, *PRETRAINING) for run in runs]
     met = mean(basic) >= BAR and min(basic) >= FLOOR and max(seconds) <= SECONDS
-    counted = lifecycle(SEEDS[0])["scores"][STAGES[-1]]["prompt_accuracy"]["n"]
+    counted = runs[0]["scores"][PRETRAINING[-1]]["prompt_accuracy"]["n"]
     return record("time_to_quality", list(SEEDS), mean(basic), BAR, BAR, met,
                   {"prompt_accuracy": basic, "prompt_accuracy_full": full, "seconds": seconds, "n": counted})  # fmt: skip
 

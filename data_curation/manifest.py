@@ -52,7 +52,11 @@ def read_manifest(folder: Path) -> list[Row]:
     if (folder / MANIFEST).exists():
         return _rows(pq.read_table(folder / MANIFEST, page_checksum_verification=True))
     columns = [name for name in ROWS_SCHEMA.names if name != "image"]
-    return [row for path in shards(folder) for row in _rows(pq.read_table(path, columns=columns))]
+    return [
+        row
+        for path in shards(folder)
+        for row in _rows(pq.read_table(path, columns=columns, page_checksum_verification=True))
+    ]
 
 
 def shards(folder: Path) -> list[Path]:
@@ -65,7 +69,7 @@ def shards(folder: Path) -> list[Path]:
 
 def pictures(shard: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
     """(row_id, encoded picture) of a shard's rows that have a picture and are wanted (None: all)."""
-    for batch in pq.ParquetFile(shard).iter_batches(256, columns=["row_id", "image"]):
+    for batch in pq.ParquetFile(shard, page_checksum_verification=True).iter_batches(256, columns=["row_id", "image"]):
         for row_id, image in zip(batch["row_id"].to_pylist(), batch["image"].to_pylist(), strict=True):
             if image is not None and (wanted is None or row_id in wanted):
                 yield row_id, image

@@ -127,6 +127,7 @@ class PrefectServer:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.log = self.home / "server.log"
+        self.shared = all_services  # a run's own server ends with it, so no other run may lean on it
         self.home.mkdir(parents=True, exist_ok=True)
         self._is_new = not _start_from_template(self.home)
         with self.log.open("ab") as stream:
@@ -165,13 +166,15 @@ class PrefectServer:
                 tail = " ".join(self.log.read_text(errors="replace").strip().splitlines()[-1:])
                 raise LifecycleError(f"the Prefect server did not start: {tail}; {self.log} has more, run `t2i doctor`")
             time.sleep(0.05)
-        (self.home / STATE).write_text(json.dumps({"url": self.url, "pid": self.process.pid}))
+        if self.shared:
+            (self.home / STATE).write_text(json.dumps({"url": self.url, "pid": self.process.pid}))
         if self._is_new:
             _keep_template(self.home)
 
     def stop(self) -> None:
         """End the process and its group, by force if it takes long."""
-        (self.home / STATE).unlink(missing_ok=True)
+        if self.shared:
+            (self.home / STATE).unlink(missing_ok=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
                 os.killpg(self.process.pid, number)
@@ -211,7 +214,7 @@ def _keep_template(home: Path) -> None:
 
 @contextmanager
 def prefect_server(home: Path, port: int | None = None) -> Iterator[str]:
-    """The API address for a run: PREFECT_API_URL, else a server at work on this home, else one of our own."""
+    """The API address for a run: PREFECT_API_URL, else the server of `t2i up` on this home, else one of our own."""
     given = os.environ.get("PREFECT_API_URL") or _running(home)
     server = None if given else PrefectServer(home, port)
     url = given or (server.url if server else "")

@@ -101,7 +101,7 @@ def write_extras(
     method = config.method
     if isinstance(method, ConsistencyConfig) and method.lora is not None:
         adapted = averaged(trainer, "student", nets.student)
-        save_adapter(adapted, method.lora, ctx.out / "adapter", {"base": ctx.parents["init"].digest})
+        save_adapter(adapted, ctx.out / "adapter", {"base": ctx.parents["init"].digest})
     if isinstance(method, InstaFlowConfig):
         batch = batches(0)
         rng = Randomness(config.train.seed, 0, batch.slots)

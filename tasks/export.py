@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from infra.stages import StageContext
+from models.networks import prx
 from models.networks.export import export_pipeline
+from models.personalization import lora_files, lora_import
 from tasks.config import ExportConfig
 
 COMPARE = "compare"
 
 
 def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:
-    """One folder per input checkpoint, one per step count of the comparison's best students; adapters ride along."""
+    """One folder per checkpoint and per step count of the best students; adapters ride along in three forms."""
     exports = {}
     for role, (source, steps) in wanted(ctx).items():
         folder, target, parent = ctx.inputs[source], ctx.out / role, ctx.parents[source]
@@ -23,7 +26,7 @@ def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:
             json.dumps({"stage": parent.stage, "digest": parent.digest, "parents": list(parent.parents)}, indent=2)
         )
         if (folder / "adapter").exists():
-            shutil.copytree(folder / "adapter", target / "adapter")
+            export_adapter(folder, target / "adapter", role)
         exports[role] = role
     return {"exports": exports}
 
@@ -38,3 +41,11 @@ def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
     for steps, found in best.items():
         folders[f"student-{steps}"] = (students[f"student-{found['stage']}"], int(steps))
     return folders
+
+
+def export_adapter(checkpoint: Path, target: Path, role: str) -> None:
+    """The peft folder as it is, and its diffusers and kohya forms."""
+    shutil.copytree(checkpoint / "adapter", target)
+    adapter = lora_import.read(target, prx.load(checkpoint / "transformer").transformer)
+    lora_files.save_diffusers(adapter, target)
+    lora_files.save_kohya(adapter, target / f"{role}-kohya.safetensors", architecture="prx", prefix="lora_unet_")

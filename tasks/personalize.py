@@ -58,7 +58,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts)
     if world()[0] == 0:
         metadata = {"base": ctx.parents["init"].digest, "trigger": config.token, "class": config.class_word}
-        save_adapter(trained[0], config.lora, ctx.out / "adapter", metadata)
+        save_adapter(trained[0], ctx.out / "adapter", metadata)
         save_grid(instance_images, ctx.out / "instance.png", columns=len(instance_images))
     pieces = _tokenizer().tokenize(config.token)
     return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token_pieces": len(pieces)}

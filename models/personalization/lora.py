@@ -1,33 +1,49 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: add, save with the scale folded in, load strictly, merge.
 
 alpha = rank always, so the scale is 1 and no loader can lose it. PRX has no LoRA loader in diffusers; the adapter is a
-peft folder, and the merged weights are a stock transformer folder.
+peft folder (lora_files.py writes the other forms), and the merged weights are a stock transformer folder.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
 import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models.networks.prx import Denoiser
+from models.personalization import lora_files, lora_import
 from models.personalization.config import LoraConfig
 
 
 def add_lora(denoiser: Denoiser, config: LoraConfig, seed: int) -> None:
     """Freeze the denoiser and put fresh adapters (zero effect) on the target layers."""
+    check_targets(denoiser.transformer, config)
     denoiser.requires_grad_(False)
-    largest = min(denoiser.transformer.hidden_size, denoiser.transformer.config.context_in_dim)
-    if config.rank > largest:
-        raise ValueError(f"lora.rank={config.rank} exceeds the layers' smallest side {largest}; lower the rank")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.targets))
         peft.inject_adapter_in_model(settings, denoiser.transformer)
+
+
+def check_targets(module: nn.Module, config: LoraConfig) -> None:
+    """Refuse targets that match no linear layer and a rank above a target layer's smaller side."""
+    layers = lora_files.linear_sides(module)
+    chosen: dict[str, tuple[int, int]] = {}
+    for target in config.targets:
+        found = {n: sides for n, sides in layers.items() if f".{n}".endswith(f".{target}")}
+        if not found:
+            names = sorted({".".join(n.split(".")[-2 if n[-1].isdigit() else -1 :]) for n in layers})
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(names)}")
+        chosen |= found
+    name, sides = min(chosen.items(), key=lambda item: min(item[1]))
+    if config.rank > min(sides):
+        raise ValueError(
+            f"lora.rank={config.rank} exceeds the smaller side of {name}, {sides[1]} to {sides[0]}; "
+            f"lower the rank to {min(sides)}"
+        )
 
 
 def adapter_tensors(denoiser: Denoiser) -> dict[str, torch.Tensor]:
@@ -38,34 +54,14 @@ def adapter_tensors(denoiser: Denoiser) -> dict[str, torch.Tensor]:
     return {name.replace(".default", ""): value.contiguous() for name, value in state.items()}
 
 
-def save_adapter(denoiser: Denoiser, config: LoraConfig, folder: Path, metadata: dict[str, str]) -> None:
-    """Write adapter_model.safetensors (scale folded in: alpha = rank) and adapter_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"t2i": json.dumps(metadata, sort_keys=True)}  # one key: safetensors writes several in random order
-    save_file(adapter_tensors(denoiser), folder / "adapter_model.safetensors", metadata=about)
-    settings = {
-        "peft_type": "LORA", "r": config.rank, "lora_alpha": config.rank, "target_modules": list(config.targets),
-        "inference_mode": True, "bias": "none", "lora_dropout": 0.0,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str]) -> None:
+    """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`."""
+    lora_files.save_peft(lora_files.from_module(denoiser.transformer, metadata), folder)
 
 
-def load_adapter(denoiser: Denoiser, config: LoraConfig, folder: Path) -> None:
-    """Put a saved adapter on a base; every key must match both ways, be finite and have the right shape."""
-    add_lora(denoiser, config, seed=0)
-    stored = load_file(folder / "adapter_model.safetensors")
-    wanted = {n.replace(".default", ""): p for n, p in denoiser.transformer.named_parameters() if ".lora_" in n}
-    if wrong := sorted(stored.keys() ^ wanted.keys()):
-        raise ValueError(
-            f"adapter {folder}: {len(wrong)} keys do not match the base, first {wrong[0]!r}; wrong base or targets"
-        )
-    for name, value in stored.items():
-        if value.shape != wanted[name].shape or not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"adapter {folder}: {name} has shape {tuple(value.shape)} or non-finite values; retrain it"
-            )
-        with torch.no_grad():
-            wanted[name].copy_(value)
+def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> None:
+    """Put a saved adapter of any form on its base, whose digest is compared; rank and scale come from the file."""
+    lora_import.load(denoiser.transformer, path, base)
 
 
 def merge(denoiser: Denoiser) -> Denoiser:

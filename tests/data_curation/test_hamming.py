@@ -31,3 +31,21 @@ def test_few_hashes_have_few_pairs() -> None:
     for number in (0, 1):
         assert all(len(part) == 0 for part in banded_pairs(np.zeros((number, 32), np.uint8), 10))
         assert all(len(part) == 0 for part in all_pairs(np.zeros((number, 32), np.uint8), 10))
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_ten_thousand_hashes_give_the_same_pairs(skewed: bool) -> None:
+    rng = np.random.default_rng(10 + skewed)
+    hashes = rng.integers(0, 256, (10_000, 8), dtype=np.uint8)
+    if skewed:
+        hashes[:1000, :4] = hashes[0, :4]  # two hot bands
+        hashes[1000:1200] = hashes[0]  # blank pictures
+    for copy, original in enumerate(range(5000, 5500), start=9500):
+        bits = np.zeros(64, np.uint8)
+        bits[rng.choice(64, rng.integers(0, 6), replace=False)] = 1
+        hashes[copy] = hashes[original] ^ np.packbits(bits)
+    slow, fast = all_pairs(hashes, 4), banded_pairs(hashes, 4)
+    assert len(slow[0]) > 300
+    for a, b in zip(slow, fast, strict=True):
+        assert np.array_equal(a, b)
+    assert len(all_pairs(hashes, 3)[0]) < len(slow[0])  # the control: another distance gives other pairs

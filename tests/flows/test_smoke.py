@@ -1,8 +1,9 @@
-"""The whole lifecycle at toy size through the command line: killed, resumed, reused, and changed in one value."""
+"""The whole lifecycle at toy size through the command line: killed, resumed, reused, changed, nothing asked outside."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,16 @@ PRESET = Path(__file__).resolve().parents[2] / "presets" / "smoke.yaml"
 T2I = [str(Path(sys.executable).with_name("t2i"))]
 
 
+TRACED = Path(__file__).parent / "traced"
+HERE = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None", socket.gethostname()}
+
+
 def command(*arguments: str, root: Path) -> Any:
+    environment = {**os.environ, "PYTHONPATH": str(TRACED), "NETWORK_TRACE": str(root.parent / "hosts.txt")}
     done = subprocess.run(
-        [*T2I, *arguments, "--set", f"run.root={root}", "--json"], capture_output=True, text=True, check=False
-    )
+        [*T2I, *arguments, "--set", f"run.root={root}", "--json"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -38,6 +45,13 @@ def kill_when(stages_done: int, root: Path) -> None:
     process.wait()
 
 
+def outside_hosts(root: Path) -> set[str]:
+    """What any process of the traced commands looked up or connected to beyond this machine."""
+    hosts = (root.parent / "hosts.txt").read_text().split()
+    assert "127.0.0.1" in hosts  # the trace sees the demo web and Prefect
+    return set(hosts) - HERE
+
+
 def digests(run: dict[str, Any]) -> dict[str, str]:
     return {stage["name"]: stage["digest"] for stage in run["stages"] if stage["name"] not in ("report",)}
 
@@ -49,6 +63,7 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_p
     straight = command("run", str(PRESET), root=tmp_path / "straight")
     assert straight["outcome"] == "ok"
     assert {stage["status"] for stage in straight["stages"]} == {"ran"}
+    assert not outside_hosts(tmp_path / "straight")
     assert Path(straight["report"]).stat().st_size > 10_000
     assert {"teacher", "student-4", "student-1", "lora-robot"} <= set(straight["exports"])
     funnel = straight["funnel"]

@@ -92,12 +92,28 @@ def test_prefect_serves_api_and_ui_on_loopback_and_ends(
         connection.close()
         listening = [item for item in psutil.net_connections("tcp") if item.laddr and item.laddr.port == port]
         assert {item.laddr.ip for item in listening if item.status == "LISTEN"} == {"127.0.0.1"}
-        with prefect_server(tmp_path / "home") as second:  # a second run on the same home shares it
-            assert second == url
-        assert healthy(url)
     assert not healthy(url)
     assert os.environ["PREFECT_API_KEY"] == "a key of some cloud"
     assert list(Path(cache).glob("prefect-*.db"))
+
+
+@pytest.mark.prefect
+def test_a_run_leans_on_the_server_of_up_but_not_on_another_run_s(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("T2I_CACHE", cache)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    of_run, of_up = PrefectServer(tmp_path / "one"), PrefectServer(tmp_path / "two", all_services=True)
+    try:
+        of_run.wait(), of_up.wait()
+        with prefect_server(tmp_path / "two") as url:
+            assert url == of_up.url
+        assert healthy(of_up.url)
+        with prefect_server(tmp_path / "one") as url:
+            assert url != of_run.url
+        assert healthy(of_run.url)
+    finally:
+        of_run.stop(), of_up.stop()
 
 
 @pytest.mark.prefect

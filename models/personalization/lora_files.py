@@ -1,0 +1,150 @@
+"""LoRA files that load everywhere: peft, diffusers and kohya/ComfyUI forms out of one `Adapter`.
+
+A layer's change of weight is s B A (Hu et al. 2021, arXiv:2106.09685), s = alpha / r or alpha / sqrt(r) (rsLoRA,
+arXiv:2312.03732). Loaders disagree on where alpha is written, and stock loaders skip keys they do not know; so s is
+folded into B (alpha = r in every form), and lora_import.py reads them strictly. Left out: DoRA, LoRA on convolutions
+and text encoders, LoKr/LoHa; they are refused.
+
+I, O: a layer's inputs and outputs; R: rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save
+from torch import Tensor, nn
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+KOHYA_PREFIXES = ("lora_transformer_", "lora_unet_")  # the first is what ComfyUI maps to diffusers' names of SD3 layers
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank changes by layer name, the scale folded into B, and what the file says about itself (base, trigger)."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]  # A [R, I], B [O, R]
+    about: dict[str, str]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: a.shape[0] for name, (a, _) in sorted(self.layers.items())}
+
+    def settings(self, targets: list[str] | str, escape: bool = False) -> dict[str, Any]:
+        """peft.LoraConfig's arguments with alpha = rank in each layer; ranks other than the commonest as patterns."""
+        counts = Counter(self.ranks.values())
+        common = max(counts, key=lambda rank: (counts[rank], rank))
+        odd = {"^" + (re.escape(n) if escape else n): r for n, r in self.ranks.items() if r != common}
+        pattern = {"rank_pattern": odd, "alpha_pattern": dict(odd)}
+        return {"r": common, "lora_alpha": common, "target_modules": targets, "use_rslora": False} | pattern
+
+
+def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear layer by its stock name, adapted or not."""
+    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
+    return {name.removesuffix(".base_layer"): (m.out_features, m.in_features) for name, m in found.items()}
+
+
+def from_module(module: nn.Module, about: dict[str, str], name: str = "default") -> Adapter:
+    """The adapter `name` of a module with peft layers; float32, because small values of B vanish in half precision."""
+    layers = {}
+    for path, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.r:
+            continue
+        plain = name in layer.lora_A and isinstance(layer.get_base_layer(), nn.Linear)
+        if not plain or layer.use_dora.get(name) or layer.lora_bias.get(name):
+            raise ValueError(f"{path}: only plain LoRA on linear layers has a file form here; not DoRA, bias or others")
+        a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+        layers[path] = (a.float().cpu(), layer.scaling[name] * b.float().cpu())
+    if not layers:
+        raise ValueError(f"the module has no adapter {name!r}; call add_lora or peft.inject_adapter_in_model first")
+    return Adapter(layers, about)
+
+
+def save_peft(adapter: Adapter, folder: Path) -> None:
+    """Write adapter_model.safetensors with the prefix peft asks for, and adapter_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PEFT_FILE).write_bytes(_bytes(_named(adapter, "base_model.model."), _about(adapter)))
+    fixed = {"peft_type": "LORA", "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
+    settings = adapter.settings(list(adapter.ranks)) | fixed
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def save_diffusers(adapter: Adapter, folder: Path) -> Path:
+    """Write pytorch_lora_weights.safetensors for `pipeline.load_lora_weights(folder)`."""
+    settings = {f"transformer.{key}": value for key, value in adapter.settings(list(adapter.ranks)).items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)} | _about(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DIFFUSERS_FILE).write_bytes(_bytes(_named(adapter, "transformer."), header))
+    return folder / DIFFUSERS_FILE
+
+
+def save_kohya(adapter: Adapter, path: Path, architecture: str, prefix: str = KOHYA_PREFIXES[0]) -> None:
+    """Write kohya's form (also ComfyUI's): down, up and `.alpha` per layer, ss_* and modelspec.* keys; no date."""
+    tensors = {}
+    for name, (a, b) in adapter.layers.items():
+        key = prefix + name.replace(".", "_")
+        if f"{key}.alpha" in tensors:
+            raise ValueError(f"{key}: two layers share this kohya name; save the diffusers form instead")
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
+        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
+    ranks = set(adapter.ranks.values())
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    header = {
+        "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim,
+        "ss_base_model_version": architecture, "ss_output_name": path.stem,
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers", "modelspec.title": path.stem,
+    }  # fmt: skip
+    if trigger := adapter.about.get("trigger"):
+        header["modelspec.trigger_phrase"] = trigger
+    plain = _bytes(tensors, {})
+    header["sshs_model_hash"] = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_bytes(tensors, header | _about(adapter)))
+
+
+def attach(module: nn.Module, adapter: Adapter, name: str = "default") -> None:
+    """Add peft layers that hold the adapter."""
+    if any(isinstance(layer, LoraLayer) and name in layer.r for layer in module.modules()):
+        raise ValueError(f"the module already has an adapter {name!r}; give this one another name")
+    targets = "|".join(re.escape(layer) for layer in adapter.layers)
+    with torch.random.fork_rng(devices=[]):
+        peft.inject_adapter_in_model(peft.LoraConfig(**adapter.settings(targets, escape=True)), module, name)
+    modules = dict(module.named_modules())
+    with torch.no_grad():
+        for path, (a, b) in adapter.layers.items():
+            modules[f"{path}.lora_A.{name}"].weight.copy_(a)
+            modules[f"{path}.lora_B.{name}"].weight.copy_(b)
+
+
+def _named(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
+    parts = {
+        f"{n}.lora_{half}.weight": t for n, pair in adapter.layers.items() for half, t in zip("AB", pair, strict=True)
+    }
+    return {prefix + name: tensor for name, tensor in parts.items()}
+
+
+def _about(adapter: Adapter) -> dict[str, str]:
+    return {"t2i": json.dumps(adapter.about, sort_keys=True)}
+
+
+def _bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with its metadata in sorted order; the library writes several keys in random order."""
+    raw: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header if metadata else header
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[start:]

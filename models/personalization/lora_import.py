@@ -1,0 +1,184 @@
+"""Strict import of LoRA files: peft folder, diffusers file, kohya file.
+
+Stock loaders are permissive: a wrong prefix has no effect, half a pair a partial one, NaN draws NaN, all without an
+error. Here each key is matched to a layer of the base, both halves are there, finite and of the layer's shape, the
+base's digest is compared, and pickles are never opened; a refusal names the file and the key.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from models.personalization.lora_files import DIFFUSERS_FILE, KOHYA_PREFIXES, PEFT_FILE, Adapter, attach, linear_sides
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PEFT_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+KOHYA_PARTS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"}
+
+Form = Literal["peft", "diffusers", "kohya"]
+logger = logging.getLogger(__name__)
+
+
+def load(module: nn.Module, path: Path, base: str | None = None, name: str = "default") -> Adapter:
+    """Read a file of any form strictly and put it on the module, which stays untouched if the file is refused."""
+    adapter = read(path, module, base)
+    if base is None or "base" not in adapter.about:
+        why = "no digest was given" if base is None else "the file names none"
+        logger.warning("%s: base not compared, %s", path, why)
+    attach(module, adapter, name)
+    return adapter
+
+
+def read(path: Path, module: nn.Module, base: str | None = None) -> Adapter:
+    """The adapter in a peft folder, a diffusers file or a kohya file; every refusal names the file and the key.
+
+    `base` is the digest of the base at hand; it must be the one the file names, if the file names one.
+    """
+    file = _locate(path)
+    tensors, header = _open(file)
+    about = _json(file, "t2i", header.get("t2i", "{}"))
+    _compare_base(file, about.get("base"), base)
+    form = _form(file, tensors)
+    sides = linear_sides(module)
+    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}  # layer -> A, B or alpha -> key, tensor
+    for key, value in sorted(tensors.items()):
+        layer, part = _place(file, key, form, sides)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{file}: {key} has NaN or infinite values; the training broke, train again")
+        if part in parts.setdefault(layer, {}):
+            raise ValueError(f"{file}: {key} and {parts[layer][part][0]} are the same part of {layer}; keep one")
+        parts[layer][part] = (key, value)
+    settings = _settings(file, form, header)
+    layers = {layer: _layer(file, layer, found, sides[layer], settings) for layer, found in parts.items()}
+    if not any(bool(b.any()) for _, b in layers.values()):
+        logger.warning("%s: every B is zero; this adapter changes nothing", file)
+    return Adapter(layers, about)
+
+
+def _layer(
+    file: Path, layer: str, found: dict[str, tuple[str, Tensor]], sides: tuple[int, int], settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A and the scaled B of one layer."""
+    for part in ("A", "B"):
+        if part not in found:
+            there = next(iter(found.values()))[0]
+            raise ValueError(f"{file}: {there} is there but {layer}'s {part} is not; the file is incomplete")
+    (key_a, a), (key_b, b) = found["A"], found["B"]
+    rank = a.shape[0] if a.ndim == 2 else 0
+    for key, value, want in ((key_a, a, (rank, sides[1])), (key_b, b, (sides[0], rank))):
+        if rank == 0 or tuple(value.shape) != want:
+            raise ValueError(
+                f"{file}: {key} has shape {tuple(value.shape)}, not {want}, for {layer} of {sides[1]} inputs and "
+                f"{sides[0]} outputs; it is an adapter of another base"
+            )
+    if "alpha" in found:
+        key, alpha = found["alpha"]
+        if alpha.numel() != 1 or float(alpha) <= 0:
+            raise ValueError(f"{file}: {key} is {alpha.flatten()[:4].tolist()}, not one number > 0; export it again")
+        scale = float(alpha) / rank
+    else:
+        scale = _scale(file, key_a, layer, rank, settings)
+    return a.float(), b.float() if scale == 1 else scale * b.float()
+
+
+def _scale(file: Path, key: str, layer: str, rank: int, settings: dict[str, Any]) -> float:
+    """The factor s of a layer; 1 where the file says nothing, as diffusers and kohya both take it."""
+    if not settings:
+        return 1.0
+    if settings.get("use_dora") or settings.get("lora_bias"):
+        raise ValueError(f"{file}: use_dora or lora_bias is set in its settings; only plain LoRA is read")
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    said = ranks.get(get_pattern_key(ranks.keys(), layer), settings.get("r"))
+    if said != rank:
+        raise ValueError(f"{file}: {key} has rank {rank}, its settings say {said}; file and settings do not belong")
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), settings.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: lora_alpha of {key} is {alpha!r}, not a number > 0; correct its settings")
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _locate(path: Path) -> Path:
+    """The safetensors file that a path means."""
+    file = path
+    if path.is_dir():
+        known = [path / PEFT_FILE, path / DIFFUSERS_FILE]
+        others = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+        file = next((p for p in known if p.exists()), others[0] if others else known[0])
+    if file.suffix in PICKLES:
+        raise ValueError(f"{file}: {file.suffix} is a pickle, which can run code; ask for a .safetensors file")
+    if not file.is_file():
+        raise ValueError(f"{file}: no such adapter; give a .safetensors file or a folder with {PEFT_FILE}")
+    return file
+
+
+def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118, not a dict
+            header = opened.metadata() or {}
+    except SafetensorError as broken:
+        raise ValueError(f"{file}: not a safetensors file ({broken}); download or export it again") from broken
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensors; export it again")
+    return tensors, header
+
+
+def _form(file: Path, tensors: dict[str, Tensor]) -> Form:
+    if file.name == PEFT_FILE:
+        return "peft"
+    return "kohya" if any(key.startswith(KOHYA_PREFIXES) for key in tensors) else "diffusers"
+
+
+def _place(file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]]) -> tuple[str, str]:
+    """The layer a key belongs to and which part of it: A, B or alpha."""
+    suffixes = KOHYA_PARTS if form == "kohya" else PEFT_PARTS
+    suffix = next((s for s in suffixes if key.endswith(s)), None)
+    if suffix is None:
+        raise ValueError(f"{file}: {key} is no part of a plain LoRA ({', '.join(suffixes)}); it would be lost")
+    stem = key.removesuffix(suffix)
+    match form:
+        case "kohya":
+            prefix = next((p for p in KOHYA_PREFIXES if key.startswith(p)), None)
+            names = [n for n in sides if prefix and n.replace(".", "_") == stem.removeprefix(prefix)]
+        case "diffusers":
+            names = [n for n in sides if f"transformer.{n}" == stem]
+        case "peft":
+            names = [n for n in sides if n == stem.removeprefix("base_model.model.")]
+    if len(names) != 1:
+        raise ValueError(f"{file}: {key} matches {len(names)} layers of the base, not one; wrong base or wrong prefix")
+    return names[0], suffixes[suffix]
+
+
+def _settings(file: Path, form: Form, header: dict[str, str]) -> dict[str, Any]:
+    """The peft settings that came with the tensors; empty if none did."""
+    if form == "peft":
+        beside = file.parent / "adapter_config.json"
+        if not beside.is_file():
+            raise ValueError(f"{beside}: missing, so the scale of {file.name} is unknown; copy the whole folder")
+        return _json(beside, "adapter_config.json", beside.read_text())
+    said = _json(file, "lora_adapter_metadata", header.get("lora_adapter_metadata", "{}"))
+    return {key.removeprefix("transformer."): value for key, value in said.items() if key.startswith("transformer.")}
+
+
+def _compare_base(file: Path, stored: str | None, base: str | None) -> None:
+    if stored is not None and base is not None and stored != base:
+        raise ValueError(f"{file}: t2i.base is {stored}, the base at hand is {base}; load it on its own base")
+
+
+def _json(file: Path, key: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as broken:
+        raise ValueError(f"{file}: {key} is not JSON ({broken}); export it again") from broken
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {key} is a {type(value).__name__}, not an object; export it again")
+    return value
