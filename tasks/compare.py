@@ -106,7 +106,7 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
     ratios = {label: against(measured[label], measured[top]) for label in measured}
     speed = record[top]["latency"]["denoise"]["p50"]
     for label in record:
-        ratios[label]["speed_up"] = round(speed / record[label]["latency"]["denoise"]["p50"], 2)
+        ratios[label]["speed_up"] = share(speed, record[label]["latency"]["denoise"]["p50"])
     full = {"rows": record, "gates": verdicts, "best": best, "reference": top, "ratios": ratios,
             "floor": yardstick.floor}  # fmt: skip
     (ctx.out / "comparison.json").write_text(json.dumps(full, indent=1, sort_keys=True) + "\n")
@@ -164,11 +164,10 @@ def best_students(
 
 def against(own: Measured, top: Measured) -> dict[str, float | None]:
     """Shares of the reference row's accuracies, and how the distances compare."""
-    keys = {"basic": "prompt_accuracy", "full": "prompt_accuracy_full"}
-    ratios: dict[str, float | None] = {}
-    for name, key in keys.items():
-        base = top.scores[key]["value"]
-        ratios[name] = round(own.scores[key]["value"] / base, 4) if base else None
-    ratios["distance"] = round(own.distance / top.distance, 3) if top.distance > 0 else None
-    ratios["diversity"] = round(own.scores["diversity"]["value"] / top.scores["diversity"]["value"], 3)
-    return ratios
+    keys = {"basic": "prompt_accuracy", "full": "prompt_accuracy_full", "diversity": "diversity", "distance": "kernel_distance"}
+    return {name: share(own.scores[key]["value"], top.scores[key]["value"]) for name, key in keys.items()}
+
+
+def share(value: float, base: float) -> float | None:
+    """value / base, or None where the base is not positive (an unbiased distance may be)."""
+    return round(value / base, 4) if base > 0 else None
