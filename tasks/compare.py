@@ -1,7 +1,8 @@
 """Stage `compare`: every student against its teacher at the same number of steps, on the same prompts and noise.
 
-A student passes its gate at N steps when it is right more often than the guided teacher at N steps (or equally often at
-a smaller kernel distance). The best passing student of each step count is named in best.json; export gives it away.
+A student passes when it is right more often than the guided teacher at the same number of steps (or equally often at a
+smaller kernel distance); at the number of steps it was made for that is its gate. The best that passed at each number
+of steps is named in best.json, and the export gives it away.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Row:
     steps: int
     folder: Path
     guidance: float
+    own: bool  # the number of steps the student was made for, at which its gate stands
 
     @property
     def label(self) -> str:
@@ -71,13 +73,13 @@ def draw(job: Drawing) -> np.ndarray:
 
 def rows_of(config: CompareConfig, ctx: StageContext) -> list[Row]:
     """The teacher at its step counts, each student at those it was trained for."""
-    rows = [Row(TEACHER, n, ctx.inputs[TEACHER], config.guidance) for n in config.teacher_steps]
+    rows = [Row(TEACHER, n, ctx.inputs[TEACHER], config.guidance, False) for n in config.teacher_steps]
     for stage, folder in ctx.inputs.items():
         if stage in ("judge", TEACHER):
             continue
         card = read_card(folder)
         trained = card.trained_steps or sub_grids(card.steps)
-        rows += [Row(stage, n, folder, 1.0) for n in config.student_steps if n in trained]
+        rows += [Row(stage, n, folder, 1.0, n == card.steps) for n in config.student_steps if n in trained]
     return rows
 
 
@@ -100,21 +102,22 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
     with one_thread():
         for row in rows:
             record[row.label] |= {"latency": time_row(row.folder, row.steps, row.guidance, lists["basic"], config)}
-    verdicts = gates(rows, measured)
+    verdicts = against_teacher(rows, measured)
+    gates = [verdict for verdict in verdicts if verdict["own"]]
     best = best_students(rows, measured, verdicts)
     top = f"{TEACHER}@{max(config.teacher_steps)}"
     ratios = {label: against(measured[label], measured[top]) for label in measured}
     speed = record[top]["latency"]["denoise"]["p50"]
     for label in record:
         ratios[label]["speed_up"] = share(speed, record[label]["latency"]["denoise"]["p50"])
-    full = {"rows": record, "gates": verdicts, "best": best, "reference": top, "ratios": ratios,
+    full = {"rows": record, "verdicts": verdicts, "best": best, "reference": top, "ratios": ratios,
             "floor": yardstick.floor}  # fmt: skip
     (ctx.out / "comparison.json").write_text(json.dumps(full, indent=1, sort_keys=True) + "\n")
     (ctx.out / "best.json").write_text(json.dumps(best, indent=1, sort_keys=True) + "\n")
-    missed = [f"{v['row']}: {v['reason']}" for v in verdicts if not v["passed"]]
+    missed = [f"{v['row']}: {v['reason']}" for v in gates if not v["passed"]]
     if config.strict_gate and missed:
         raise GateFailed(f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json")
-    return {"best": best, "gates": verdicts, "ratios": ratios, "rows": len(rows)}
+    return {"best": best, "gates": gates, "ratios": ratios, "rows": len(rows)}
 
 
 def table(rows: list[Row], measured: Mapping[str, Measured], ctx: StageContext) -> dict[str, dict[str, Any]]:
@@ -131,7 +134,7 @@ def table(rows: list[Row], measured: Mapping[str, Measured], ctx: StageContext) 
     return out
 
 
-def gates(rows: list[Row], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def against_teacher(rows: list[Row], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
     """Does each student beat the teacher at the same number of steps."""
     verdicts = []
     for row in rows:
@@ -143,8 +146,9 @@ def gates(rows: list[Row], measured: Mapping[str, Measured]) -> list[dict[str, A
         gain = own.accuracy - its.accuracy
         passed = gain > 0 or (gain == 0 and own.distance < its.distance)
         reason = f"{own.accuracy:.3f} against {its.accuracy:.3f} of the teacher at {row.steps} step(s)"
-        verdicts.append({"row": row.label, "stage": row.stage, "steps": row.steps, "passed": bool(passed),
-                         "reason": reason, "difference": difference})  # fmt: skip
+        verdicts.append({"row": row.label, "stage": row.stage, "metric": f"accuracy_at_{row.steps}", "steps": row.steps,
+                         "own": row.own, "passed": bool(passed), "value": round(own.accuracy, 5), "reason": reason,
+                         "difference": difference})  # fmt: skip
     return verdicts
 
 
