@@ -106,7 +106,7 @@ class LifecycleConfig(Config):
                     f"stage {stage.name!r} starts from {stage.start!r}, which is no student before it; "
                     f"choose one of {sorted(before)} or null"
                 )
-            if stage.needs_pairs and (stage.pairs or (stores or [None])[0]) not in stores:
+            if stage.needs_pairs and (stage.pairs not in stores if stage.pairs else not stores):
                 raise ValueError(
                     f"stage {stage.name!r} learns from stored pairs, but distill_pairs has {stores}; "
                     f"add {stage.pairs or 'one'} there"

@@ -83,7 +83,9 @@ def distillation(config: LifecycleConfig) -> list[StageSpec]:
             inputs["pairs"] = store.name
             if all(spec.name != store.name for spec in specs):
                 source = store.source or teacher
-                specs.append(spec_of(store.name, "teacher_pairs", seeded(store, config.seed), data="encode", init=source))
+                specs.append(
+                    spec_of(store.name, "teacher_pairs", seeded(store, config.seed), data="encode", init=source)
+                )
         specs.append(spec_of(stage.name, "distill", seeded(stage, config.seed), **inputs))
     if config.compare is not None and config.distill:
         students = {stage.name: stage.name for stage in config.distill}

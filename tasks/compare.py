@@ -116,7 +116,9 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
     (ctx.out / "best.json").write_text(json.dumps(best, indent=1, sort_keys=True) + "\n")
     missed = [f"{v['row']}: {v['reason']}" for v in gates if not v["passed"]]
     if config.strict_gate and missed:
-        raise GateFailed(f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json")
+        raise GateFailed(
+            f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json"
+        )
     return {"best": best, "gates": gates, "ratios": ratios, "rows": len(rows)}
 
 
@@ -168,7 +170,12 @@ def best_students(
 
 def against(own: Measured, top: Measured) -> dict[str, float | None]:
     """Shares of the reference row's accuracies, and how the distances compare."""
-    keys = {"basic": "prompt_accuracy", "full": "prompt_accuracy_full", "diversity": "diversity", "distance": "kernel_distance"}
+    keys = {
+        "basic": "prompt_accuracy",
+        "full": "prompt_accuracy_full",
+        "diversity": "diversity",
+        "distance": "kernel_distance",
+    }
     return {name: share(own.scores[key]["value"], top.scores[key]["value"]) for name, key in keys.items()}
 
 

@@ -101,4 +101,6 @@ def time_row(
         if i:  # the first one warms up
             for name, spent in zip(seconds, np.diff(marks), strict=True):
                 seconds[name].append(float(spent))
-    return {name: {"p50": float(np.quantile(v, 0.5)), "p95": float(np.quantile(v, 0.95))} for name, v in seconds.items()}
+    return {
+        name: {"p50": float(np.quantile(v, 0.5)), "p95": float(np.quantile(v, 0.95))} for name, v in seconds.items()
+    }

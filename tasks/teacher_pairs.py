@@ -133,4 +133,3 @@ def pair_batches(
         return Batch(images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, extra={"noise": noise})
 
     return batch
-

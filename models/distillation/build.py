@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
 import torch
@@ -65,7 +65,7 @@ class Networks:
     teacher: Denoiser
     fake: Denoiser
     null: Null
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     @property
     def depth(self) -> int:

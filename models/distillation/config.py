@@ -17,7 +17,9 @@ class ProgressiveConfig(Config):
     """Progressive distillation: one or several halvings in a row, guidance distilled in the first."""
 
     kind: Literal["progressive"] = "progressive"
-    teacher_steps: int = Field(default=8, ge=2, description="Teacher's steps at the start; halved down to the student's")
+    teacher_steps: int = Field(
+        default=8, ge=2, description="Teacher's steps at the start; halved down to the student's"
+    )
 
 
 class InstaFlowConfig(Config):
@@ -65,9 +67,13 @@ class ConsistencyConfig(Config):
         if self.skip > self.teacher_steps:
             raise ValueError(f"skip={self.skip} is more than teacher_steps={self.teacher_steps}; lower it")
         if self.guidance_range is not None and not 1 <= self.guidance_range[0] <= self.guidance_range[1]:
-            raise ValueError(f"guidance_range={self.guidance_range} must be two rising numbers from 1 on (standard form)")
+            raise ValueError(
+                f"guidance_range={self.guidance_range} must be two rising numbers from 1 on (standard form)"
+            )
         if self.guidance_range is not None and (self.lora is not None or not self.use_teacher):
-            raise ValueError("guidance_range needs a teacher and an embedding outside the adapters; drop lora or the range")
+            raise ValueError(
+                "guidance_range needs a teacher and an embedding outside the adapters; drop lora or the range"
+            )
         return self
 
 
@@ -137,7 +143,9 @@ class DistillConfig(Config):
 
     name: str = Field(default="distill-1", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
     method: Method = Field(default=ConsistencyConfig(), description="Technique with its own settings")
-    start: str | None = Field(default=None, description="Earlier student whose weights it starts from; null: the teacher")
+    start: str | None = Field(
+        default=None, description="Earlier student whose weights it starts from; null: the teacher"
+    )
     pairs: str | None = Field(default=None, description="Pair store it learns from, if it needs one; null: the first")
     student_steps: int = Field(default=1, ge=1, le=64, description="Steps of the student")
     guidance: float = Field(default=2.0, ge=1, le=30, description="Teacher guidance (standard form), distilled")
@@ -175,7 +183,9 @@ class PairStoreConfig(Config):
     """The teacher's pictures with the seed of the noise each came from: what InstaFlow and DMD1 learn from."""
 
     name: str = Field(default="teacher-pairs", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
-    source: str | None = Field(default=None, description="Student whose pairs are made (a second reflow); null: teacher")
+    source: str | None = Field(
+        default=None, description="Student whose pairs are made (a second reflow); null: teacher"
+    )
     count: int = Field(default=512, ge=2, description="Pairs")
     steps: int = Field(default=16, ge=1, le=1000, description="Euler steps of the teacher")
     guidance: float = Field(default=2.0, ge=1, le=30, description="Guidance of the teacher (standard form)")

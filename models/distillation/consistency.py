@@ -42,7 +42,9 @@ class ConsistencyDistillation:
         guidance: float = 1.0, schedule: Schedule = Schedule(),
     ) -> None:  # fmt: skip
         if config.use_teacher != (teacher is not None):
-            raise ValueError(f"use_teacher={config.use_teacher} but the teacher is {teacher and 'given'}; make them agree")
+            raise ValueError(
+                f"use_teacher={config.use_teacher} but the teacher is {teacher and 'given'}; make them agree"
+            )
         self.student, self.null, self.config, self.guidance = student, null, config, guidance
         self.schedule = schedule
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)

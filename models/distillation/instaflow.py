@@ -31,7 +31,9 @@ class InstaFlow:
         perceptual: Distance | None, schedule: Schedule = Schedule(),
     ) -> None:  # fmt: skip
         if config.perceptual_share > 0 and perceptual is None:
-            raise ValueError(f"perceptual_share={config.perceptual_share} needs a perceptual distance; pass one or set 0")
+            raise ValueError(
+                f"perceptual_share={config.perceptual_share} needs a perceptual distance; pass one or set 0"
+            )
         self.student, self.perceptual, self.schedule = student, perceptual, schedule
         self.student_steps = student_steps
         self.reflow_until = round(config.reflow_share * total_steps)

@@ -60,7 +60,7 @@ class MeanFlow:
         x_0 = guided_x_0(self.teacher, x_t, t, batch.tokens, batch.mask, self.null, self.guidance)
         v = velocity_of(x_0, x_t, t)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            _, derivative = jvp(
+            _, derivative = jvp(  # type: ignore[misc]
                 lambda x, at, start: self.average_velocity(x, at, start, batch),
                 (x_t, t, r),
                 (v, torch.ones_like(t), torch.zeros_like(r)),

@@ -95,9 +95,9 @@ class ProgressiveDistillation:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The teacher and the students on the way, for exact resume."""
-        tensors = {f"teacher/{name}": p for name, p in self.teacher.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {f"teacher/{name}": p for name, p in self.teacher.named_parameters()}
         for n, weights in self.finished.items():
-            tensors |= {f"{n}/{name}": p for name, p in weights.items()}
+            tensors.update({f"{n}/{name}": p for name, p in weights.items()})
         return tensors
 
     @torch.no_grad()

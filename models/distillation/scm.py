@@ -49,7 +49,12 @@ def trig_velocity(x_0: torch.Tensor, x: torch.Tensor, angle: torch.Tensor) -> to
 
 
 def tangent(
-    velocity: torch.Tensor, field: torch.Tensor, derivative: torch.Tensor, x: torch.Tensor, angle: torch.Tensor, r: float
+    velocity: torch.Tensor,
+    field: torch.Tensor,
+    derivative: torch.Tensor,
+    x: torch.Tensor,
+    angle: torch.Tensor,
+    r: float,
 ) -> torch.Tensor:
     """g of the student's `field` F, its `derivative` dF/da along the path and the path's `velocity` dx/da."""
     a = angle.view(-1, 1, 1, 1)
@@ -94,7 +99,7 @@ class ContinuousConsistency:
         x_0 = guided_x_0(self.teacher, x_t, t, batch.tokens, batch.mask, self.null, self.guidance)
         velocity = trig_velocity(x_0, x, angle)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            field, derivative = jvp(
+            field, derivative = jvp(  # type: ignore[misc]
                 lambda point, at: self.field(point, at, batch), (x, angle), (velocity, torch.ones_like(angle))
             )
         g = tangent(velocity, field, derivative, x, angle, min(1.0, rng.step / self.warmup_steps))

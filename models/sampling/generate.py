@@ -20,9 +20,7 @@ from models.sampling.few_step import renoise
 class Generator:
     """A checkpoint ready to draw. A picture depends on its prompt and seed, not on its neighbours in the batch."""
 
-    def __init__(
-        self, denoiser: Denoiser, card: SamplingCard, others: Mapping[int, Denoiser] | None = None
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, card: SamplingCard, others: Mapping[int, Denoiser] | None = None) -> None:
         self.denoiser, self.card = denoiser.eval(), card
         self.others = {steps: other.eval() for steps, other in (others or {}).items()}  # weights for other step counts
         self._features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

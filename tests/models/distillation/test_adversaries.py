@@ -141,7 +141,7 @@ def test_two_time_scales(tiny) -> None:
     turns = [objective.turns(step) for step in range(60)]
     assert sum("student" in turn for turn in turns) == 12
     assert sum("fake" in turn for turn in turns) == 60
-    assert [step for step in range(7, 60) if "student" in turns[step]][0] == 10
+    assert next(step for step in range(7, 60) if "student" in turns[step]) == 10
 
 
 def test_backward_simulation_knows_no_data_and_one_index_for_all(tiny, batches) -> None:
@@ -180,9 +180,7 @@ def add(tiny, features="image_encoder", **settings):
     config = AddConfig(features=features, **settings)
     pixels = features == "image_encoder"
     critic = Critic(CHANNELS if pixels else (32,), 16, 0)
-    return AdversarialDistillation(
-        tiny(0), tiny(3), critic, ImageEncoder() if pixels else None, NULL, config, 2, 2.0
-    )
+    return AdversarialDistillation(tiny(0), tiny(3), critic, ImageEncoder() if pixels else None, NULL, config, 2, 2.0)
 
 
 @pytest.mark.parametrize("features", ["image_encoder", "teacher"])

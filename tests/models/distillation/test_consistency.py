@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -46,13 +47,15 @@ def loss_of_oracle(gaussian, line, steps, skip=1, flip=False):
         teacher.velocity = lambda x, t: -gaussian().velocity(x, t)
     objective = ConsistencyDistillation(student, teacher, NULL, config)
     batch = line(torch.linspace(-0.2, 1.6, 256, dtype=torch.float64))
-    return float(objective.loss("student", objective.prepare(batch, Randomness(0, 0, batch.slots))).total) * steps / skip
+    return (
+        float(objective.loss("student", objective.prepare(batch, Randomness(0, 0, batch.slots))).total) * steps / skip
+    )
 
 
 def test_the_exact_consistency_function_has_no_loss_but_the_solvers(gaussian, line) -> None:
     """T6: per unit of time the loss falls at order 1 with Euler; with the wrong sign it does not fall."""
     losses = [loss_of_oracle(gaussian, line, n) for n in (16, 32, 64)]
-    for coarse, fine in zip(losses, losses[1:], strict=False):
+    for coarse, fine in pairwise(losses):
         assert 0.8 < math.log2(coarse / fine) < 1.2
     assert loss_of_oracle(gaussian, line, 64, skip=4) > 3 * losses[2]
     wrong = [loss_of_oracle(gaussian, line, n, flip=True) for n in (32, 64)]
@@ -60,7 +63,9 @@ def test_the_exact_consistency_function_has_no_loss_but_the_solvers(gaussian, li
 
 
 def test_boundary_target_is_the_teachers_end_point(tiny, batches) -> None:
-    objective = ConsistencyDistillation(tiny(0), tiny(3), NULL, ConsistencyConfig(teacher_steps=2, noise_share=0.0), 2.0)
+    objective = ConsistencyDistillation(
+        tiny(0), tiny(3), NULL, ConsistencyConfig(teacher_steps=2, noise_share=0.0), 2.0
+    )
     seen = set()
     for step in range(6):
         batch = objective.prepare(batches(step), Randomness(0, step, SLOTS))
@@ -147,7 +152,9 @@ def test_lcm_lora_leaves_the_base_alone_and_combines_with_a_style(tiny, batches)
     add_lora(student, LoraConfig(rank=4), 0)
     teacher_says = tiny(0)(batch.images, t, batch.tokens, batch.mask)[0]
     assert torch.equal(student(batch.images, t, batch.tokens, batch.mask)[0], teacher_says)  # scale 0 at the start
-    objective = ConsistencyDistillation(student, tiny(3), NULL, ConsistencyConfig(teacher_steps=4, target_decay=0.0), 2.0)
+    objective = ConsistencyDistillation(
+        student, tiny(3), NULL, ConsistencyConfig(teacher_steps=4, target_decay=0.0), 2.0
+    )
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-2)
     for step in range(3):
         objective.loss("student", objective.prepare(batches(step), Randomness(0, step, SLOTS))).total.backward()

@@ -111,5 +111,7 @@ def test_the_rate_falls_once_a_halving(tiny) -> None:
 
 @pytest.mark.parametrize(("teacher_steps", "student_steps"), [(4, 3), (4, 4), (12, 2), (2, 4)])
 def test_grids_that_do_not_halve_are_refused(teacher_steps, student_steps) -> None:
-    with pytest.raises(ValueError, match=f"teacher_steps={teacher_steps} must be student_steps={student_steps} times 2"):
+    with pytest.raises(
+        ValueError, match=f"teacher_steps={teacher_steps} must be student_steps={student_steps} times 2"
+    ):
         DistillConfig(method={"kind": "progressive", "teacher_steps": teacher_steps}, student_steps=student_steps)
