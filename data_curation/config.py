@@ -86,12 +86,33 @@ class DownloadConfig(Config):
 
     shard_rows: int = Field(default=1_000, ge=10, le=100_000, description="Rows of one shard, the unit of resume.")
     timeout_seconds: float = Field(default=10, gt=0, le=120, description="Limit of one connection or read.")
-    deadline_seconds: float = Field(default=30, gt=0, le=600, description="Limit of one whole fetch.")
-    retries: int = Field(default=1, ge=0, le=10, description="Further tries of a failed fetch.")
+    deadline_seconds: float = Field(
+        default=30, gt=0, le=600, description="Limit of one whole fetch, redirects and all."
+    )
+    shard_seconds: float = Field(
+        default=3_600,
+        gt=0,
+        le=86_400,
+        description="Limit of one shard; rows not there by then have reason shard_deadline.",
+    )
+    retries: int = Field(default=1, ge=0, le=10, description="Further tries of a fetch that failed for the time being.")
+    backoff_seconds: float = Field(
+        default=1, ge=0, le=60, description="Wait before the first retry; doubled each time."
+    )
+    longest_wait_seconds: float = Field(
+        default=30, ge=0, le=3_600, description="Longest wait before a retry; a Retry-After beyond it ends the tries."
+    )
     max_bytes: int = Field(default=20_000_000, ge=1_000, description="Greatest body; larger ones are refused unread.")
     max_pixels: int = Field(default=40_000_000, ge=10_000, description="Greatest area, read from the header.")
-    allow_private: bool = Field(default=False, description="Fetch from private and loopback addresses too.")
+    decode_memory_mb: int = Field(default=1_024, ge=256, le=65_536, description="Memory a decoder may take, MiB.")
+    decode_seconds: float = Field(default=20, gt=0, le=600, description="Time one picture's decoding may take.")
+    allow_private: tuple[str, ...] = Field(
+        default=(), description="Addresses, host names or networks to fetch from although they are not public."
+    )
     user_agent: str = Field(default="t2i-lifecycle", min_length=1, description="Name given to web servers.")
+    robots_txt: bool = Field(default=True, description="Obey each host's robots.txt.")
+    per_host: int = Field(default=8, ge=1, le=1_024, description="Connections to one host at once, per process.")
+    host_interval_seconds: float = Field(default=0, ge=0, le=60, description="Pause between two requests to a host.")
     port: int | None = Field(
         default=None, ge=1024, le=65_535, json_schema_extra=_MACHINE,
         description="Port of the demo web while it is fetched; None: any free one.",

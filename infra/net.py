@@ -11,14 +11,18 @@ from urllib.parse import urlsplit
 
 from infra.errors import DataRefused
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_CARRIES_IPV4 = tuple(
+    map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96"))
+)  # NAT64, compatible, SIIT
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")  # parts of it count as global; a cloud's metadata is among them
 
 
 def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 address leads to (mapped, 6to4, Teredo, NAT64), if any."""
+    """The IPv4 address that an IPv6 address leads to (mapped, compatible, SIIT, 6to4, Teredo, NAT64), if any."""
     if address.teredo:
         return address.teredo[1]
-    if address in _NAT64:
+    if any(address in network for network in _CARRIES_IPV4):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour
 
@@ -27,7 +31,9 @@ def is_public(address: str) -> bool:
     """Whether an address is one of the open internet's: not private, loopback, link-local, metadata, multicast."""
     ip = ipaddress.ip_address(address.split("%")[0])
     judged = (embedded_ipv4(ip) if isinstance(ip, ipaddress.IPv6Address) else None) or ip
-    return judged.is_global and not judged.is_multicast
+    if isinstance(judged, ipaddress.IPv6Address):
+        return judged.is_global and judged in _GLOBAL_UNICAST
+    return judged.is_global and not judged.is_multicast and judged not in _PROTOCOLS
 
 
 def is_allowed(host: str, address: str, port: int, allow_private: Sequence[str]) -> bool:

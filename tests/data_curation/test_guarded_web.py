@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from data_curation.config import DownloadConfig
 from data_curation.fetch_process import classify
-from data_curation.guarded_web import RefusedError, install_guard
+from data_curation.guard import RefusedError
+from data_curation.guarded_web import install_guard
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: C901, PLR0915 - one case a page
         match self.path:
             case "/away":
                 self.send_response(302)
@@ -25,6 +27,24 @@ class Web(http.server.BaseHTTPRequestHandler):
                 self.send_response(302)
                 self.send_header("Location", "file:///etc/hostname")
                 self.end_headers()
+            case "/hop":
+                self.send_response(302)
+                self.send_header("X-Robots-Tag", "max-image-preview: large, noai")
+                self.send_header("Location", "/fine")
+                self.end_headers()
+            case "/login":
+                self.send_response(302)
+                self.send_header("Location", "http://user:pw@pinned.test/fine")
+                self.end_headers()
+            case "/noai" | "/reserved":
+                self.send_response(200)
+                self.send_header(*(("X-Robots-Tag", "noai;") if self.path == "/noai" else ("tdm-reservation", "1")))
+                self.end_headers()
+            case "/slow-header":
+                with contextlib.suppress(OSError):
+                    for _ in range(100):
+                        self.wfile.write(b"x")
+                        time.sleep(0.05)
             case "/huge":
                 self.send_response(200)
                 self.send_header("Content-Length", "9000000")
@@ -62,7 +82,8 @@ def port() -> Iterator[int]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    install_guard({"pinned.test": f"127.0.0.1:{server.server_port}"}, False, 10_000, 0.5, "an honest name")
+    config = DownloadConfig(max_bytes=10_000, deadline_seconds=2, user_agent="an honest name")
+    install_guard(config, {"pinned.test": f"127.0.0.1:{server.server_port}"})
     yield server.server_port
     urllib.request.install_opener(None)  # type: ignore[arg-type]
     server.shutdown()
@@ -85,7 +106,9 @@ def test_a_pinned_name_is_reached_under_our_own_name(port: int) -> None:
         ("http://[::1]:{port}/", "refused_address"), ("http://169.254.169.254/latest", "refused_address"),
         ("http://pinned.test/away", "refused_address"), ("http://pinned.test/huge", "oversize"),
         ("http://pinned.test/endless", "oversize"), ("http://pinned.test/drip", "timeout"),
-        ("http://pinned.test/short", "truncated"), ("file:///etc/hostname", "bad_url"),
+        ("http://pinned.test/slow-header", "timeout"), ("http://pinned.test/hop", "opted_out"),
+        ("http://pinned.test/noai", "opted_out"), ("http://pinned.test/reserved", "opted_out"),
+        ("http://pinned.test/login", "bad_url"), ("http://pinned.test/short", "truncated"), ("file:///etc/hostname", "bad_url"),
         ("ftp://pinned.test/x", "bad_url"), ("http://pinned.test/file", "http_302"),
     ],
 )  # fmt: skip
