@@ -1,8 +1,8 @@
 """Stage `compare`: every student against its teacher at the same number of steps, on the same prompts and noise.
 
 A student passes when it is right more often than the guided teacher at the same number of steps (or equally often at a
-smaller kernel distance); at the number of steps it was made for that is its gate. The best that passed at each number
-of steps is named in best.json, and the export gives it away.
+smaller kernel distance); at the number of steps it was made for that is its gate. The best at each number of steps is
+named in best.json, with whether it passed, and the export gives it away.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
     with one_thread():
         for row in rows:
             record[row.label] |= {"latency": time_row(row.folder, row.steps, row.guidance, lists["basic"], config)}
-    verdicts = against_teacher(rows, measured)
+    verdicts = against_teacher(rows, measured, config.tolerance)
     gates = [verdict for verdict in verdicts if verdict["own"]]
     best = best_students(rows, measured, verdicts)
     top = f"{TEACHER}@{max(config.teacher_steps)}"
@@ -136,7 +136,7 @@ def table(rows: list[Row], measured: Mapping[str, Measured], ctx: StageContext) 
     return out
 
 
-def against_teacher(rows: list[Row], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def against_teacher(rows: list[Row], measured: Mapping[str, Measured], tolerance: float = 0.0) -> list[dict[str, Any]]:
     """Does each student beat the teacher at the same number of steps."""
     verdicts = []
     for row in rows:
@@ -146,7 +146,7 @@ def against_teacher(rows: list[Row], measured: Mapping[str, Measured]) -> list[d
         own, its = measured[row.label], measured[other]
         difference = paired_difference(own.right, its.right)
         gain = own.accuracy - its.accuracy
-        passed = gain > 0 or (gain == 0 and own.distance < its.distance)
+        passed = gain > -tolerance or (gain == -tolerance and own.distance < its.distance)
         reason = f"{own.accuracy:.3f} against {its.accuracy:.3f} of the teacher at {row.steps} step(s)"
         verdicts.append({"row": row.label, "stage": row.stage, "metric": f"accuracy_at_{row.steps}", "steps": row.steps,
                          "own": row.own, "passed": bool(passed), "value": round(own.accuracy, 5), "reason": reason,
@@ -157,14 +157,16 @@ def against_teacher(rows: list[Row], measured: Mapping[str, Measured]) -> list[d
 def best_students(
     rows: list[Row], measured: Mapping[str, Measured], verdicts: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Step count -> the student that is right most often among those that passed."""
+    """Step count -> the student that is right most often, of those that passed if any did."""
     passed = {verdict["row"] for verdict in verdicts if verdict["passed"]}
     best: dict[str, dict[str, Any]] = {}
-    for steps in sorted({row.steps for row in rows}):
-        able = [row for row in rows if row.steps == steps and row.label in passed]
-        if able:
-            top = max(able, key=lambda row: (measured[row.label].accuracy, -measured[row.label].distance))
-            best[str(steps)] = {"stage": top.stage, "accuracy": round(measured[top.label].accuracy, 5)}
+    students = [row for row in rows if row.stage != TEACHER]
+    for steps in sorted({row.steps for row in students}):
+        at = [row for row in students if row.steps == steps]
+        able = [row for row in at if row.label in passed] or at
+        top = max(able, key=lambda row: (measured[row.label].accuracy, -measured[row.label].distance))
+        accuracy = round(measured[top.label].accuracy, 5)
+        best[str(steps)] = {"stage": top.stage, "accuracy": accuracy, "passed": top.label in passed}
     return best
 
 

@@ -110,6 +110,12 @@ class CompareConfig(Config):
     guidance: float = Field(default=2.0, ge=1, le=30, description="The teacher's guidance")
     diversity_prompts: int = Field(default=8, ge=1, description="Prompts drawn several times")
     diversity_seeds: int = Field(default=4, ge=2, description="Pictures per prompt for diversity")
+    tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Accuracy a student may lack to the teacher; what chance does in few prompts",
+    )
     latency_pictures: int = Field(default=12, ge=2, description="Pictures timed one at a time for each row")
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind each interval")
     batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time")

@@ -58,7 +58,7 @@ class AdversarialDistillation:
         tau = self.schedule.at(index, self.steps, batch.images)
         extra = {
             "tau": tau, "input": noised(batch.images, rng.normal("noise", shape), tau),
-            "t": rng.stratified("teacher time"), "eps": rng.normal("teacher noise", shape),
+            "t": self.config.most_noise * rng.stratified("teacher time"), "eps": rng.normal("teacher noise", shape),
             "t_critic": rng.stratified("critic time"), "eps_critic": rng.normal("critic noise", shape),
         }  # fmt: skip
         return replace(batch, extra={**batch.extra, **extra})

@@ -107,10 +107,11 @@ class AddConfig(Config):
         default="image_encoder", description="What the critic's heads read: packaged encoder (ADD) or teacher (LADD)"
     )
     layer: int = Field(default=1, ge=0, description="LADD: block of the teacher whose tokens are read")
-    adversarial_weight: float = Field(default=0.1, ge=0, description="Weight of the adversarial term")
+    adversarial_weight: float = Field(default=0.02, ge=0, description="Weight of the adversarial term")
     distillation_weight: float = Field(default=1.0, ge=0, description="Weight of the distillation term")
+    most_noise: float = Field(default=0.9, gt=0, le=1, description="Largest time of the distillation term's teacher")
     r1_weight: float = Field(default=1e-3, ge=0, description="Weight of the gradient penalty on the critic's features")
-    critic_rate: float = Field(default=1.0, gt=0, description="Critic's learning rates over the student's")
+    critic_rate: float = Field(default=10.0, gt=0, description="Critic's learning rates over the student's")
 
 
 class MeanFlowConfig(Config):
