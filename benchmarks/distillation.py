@@ -24,12 +24,17 @@ def main() -> dict[str, Any]:
     """Read the comparison of one run."""
     run = run_preset(PRESET.with_name("distill-all.yaml"), SEED)
     entry = next(stage for stage in run["stages"] if stage["name"] == "compare")
-    comparison = json.loads((Path(entry["uri"].removeprefix("file://")) / "comparison.json").read_text())
+    folder = Path(entry["uri"].removeprefix("file://"))
+    comparison = json.loads((folder / "comparison.json").read_text())
+    facts = json.loads((folder / "artifact.json").read_text())["facts"]
+    for label, speed in facts["speed_up"].items():
+        comparison["ratios"][label]["speed_up"] = speed
     figures, best = figures_of(comparison), best_of(comparison, 1)
     rows, top = comparison["rows"], comparison["reference"]
     value, peer = (rows[label]["prompt_accuracy"]["value"] for label in (best, top))
     met = all(figure["met"] for figure in figures)
-    detail = {"figures": figures, "best": {"1": best, "4": best_of(comparison, 4)}, "rows": rows}
+    detail = {"figures": figures, "best": {"1": best, "4": best_of(comparison, 4)}, "rows": rows,
+              "ratios": comparison["ratios"], "latency": facts["latency"], "training": facts["training"]}  # fmt: skip
     return record("distillation", [SEED], value, peer, BARS["basic_1"], met, detail)
 
 

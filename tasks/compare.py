@@ -98,42 +98,42 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
         pictures[job.row.label][job.name] = images
     yardstick = Yardstick.of(judge, lists["basic"], config)
     measured = {label: measure(judge, yardstick, lists, drawn, config) for label, drawn in pictures.items()}
-    record = table(rows, measured, ctx)
-    with one_thread():
-        for row in rows:
-            record[row.label] |= {"latency": time_row(row.folder, row.steps, row.guidance, lists["basic"], config)}
     verdicts = against_teacher(rows, measured, config.tolerance)
     gates = [verdict for verdict in verdicts if verdict["own"]]
     best = best_students(rows, measured, verdicts)
     top = f"{TEACHER}@{max(config.teacher_steps)}"
     ratios = {label: against(measured[label], measured[top]) for label in measured}
-    speed = record[top]["latency"]["denoise"]["p50"]
-    for label in record:
-        ratios[label]["speed_up"] = share(speed, record[label]["latency"]["denoise"]["p50"])
-    full = {"rows": record, "verdicts": verdicts, "best": best, "reference": top, "ratios": ratios,
-            "floor": yardstick.floor}  # fmt: skip
-    (ctx.out / "comparison.json").write_text(json.dumps(full, indent=1, sort_keys=True) + "\n")
+    record = {"rows": table(rows, measured), "verdicts": verdicts, "best": best, "reference": top, "ratios": ratios,
+              "floor": yardstick.floor}  # fmt: skip
+    (ctx.out / "comparison.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     (ctx.out / "best.json").write_text(json.dumps(best, indent=1, sort_keys=True) + "\n")
     missed = [f"{v['row']}: {v['reason']}" for v in gates if not v["passed"]]
     if config.strict_gate and missed:
         raise GateFailed(
             f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json"
         )
-    return {"best": best, "gates": gates, "ratios": ratios, "rows": len(rows)}
+    with one_thread():
+        latency = {row.label: time_row(row.folder, row.steps, row.guidance, lists["basic"], config) for row in rows}
+    speed = {label: share(latency[top]["denoise"]["p50"], found["denoise"]["p50"]) for label, found in latency.items()}
+    return {"best": best, "gates": gates, "ratios": ratios, "latency": latency, "speed_up": speed,
+            "training": costs(rows, ctx), "rows": len(rows)}  # fmt: skip
 
 
-def table(rows: list[Row], measured: Mapping[str, Measured], ctx: StageContext) -> dict[str, dict[str, Any]]:
-    """One record a row: scores, and what training it took."""
-    out: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        facts = ctx.parents[row.stage].facts
-        cost = {name: facts[name] for name in ("seconds", "samples", "steps") if name in facts}
-        out[row.label] = {
-            "stage": row.stage, "steps": row.steps, "guidance": row.guidance,
-            "network_calls": row.calls, "training": cost,
+def costs(rows: list[Row], ctx: StageContext) -> dict[str, dict[str, Any]]:
+    """What each checkpoint's training took: a fact, like all that is timed, and no part of the result's digest."""
+    facts = {row.stage: ctx.parents[row.stage].facts for row in rows}
+    return {stage: {k: f[k] for k in ("seconds", "samples", "steps") if k in f} for stage, f in facts.items()}
+
+
+def table(rows: list[Row], measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """One record a row."""
+    return {
+        row.label: {
+            "stage": row.stage, "steps": row.steps, "guidance": row.guidance, "network_calls": row.calls,
             "method": read_card(row.folder).method, **measured[row.label].scores,
-        }  # fmt: skip
-    return out
+        }
+        for row in rows
+    }  # fmt: skip
 
 
 def against_teacher(rows: list[Row], measured: Mapping[str, Measured], tolerance: float = 0.0) -> list[dict[str, Any]]:
