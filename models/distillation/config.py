@@ -122,6 +122,12 @@ class MeanFlowConfig(Config):
     whole_share: float = Field(default=0.35, ge=0, le=1, description="Share of the batch on the interval 1 to 0")
     mean: float = Field(default=0.4, description="Mean of the logit of the times")
     std: float = Field(default=1.0, gt=0, description="Deviation of the logit of the times")
+    split: float | None = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="Teacher step cut off each interval; null: the paper's derivative instead",
+    )
     power: float = Field(default=1.0, ge=0, le=1, description="Adaptive weight 1 / (error + 0.01)^power")
 
     @model_validator(mode="after")

@@ -2,7 +2,10 @@
 
 u(x_t, t, r) is the average velocity on [r, t]: x_r = x_t - (t - r) u. The MeanFlow identity gives the target
     u* = sg( v - (t - r) du/dt ),   du/dt along (v, 1, 0) in (x, t, r) by a forward-mode derivative,
-v the teacher's guided velocity. The network is told t and the interval t - r; for an even grid the interval is one
+v the teacher's guided velocity. With `split` = d the derivative is replaced by what it is the limit of (d -> 0),
+    (t - r) u*(x_t, t, r) = d v + (t - r - d) u(x_t - d v, t - d, r),
+a contraction: networks whose time embedding turns at 1000 rad per unit, as PRX's does, have derivatives that run away.
+The network is told t and the interval t - r; for an even grid the interval is one
 number, so the students exported for N steps are stock transformers. A share of the batch has r = t (plain flow
 matching), a share the whole interval 1 to 0, where a one-step student is asked. Adaptive weight (eq. 22).
 """
@@ -59,14 +62,30 @@ class MeanFlow:
         x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)
         x_0 = guided_x_0(self.teacher, x_t, t, batch.tokens, batch.mask, self.null, self.guidance)
         v = velocity_of(x_0, x_t, t)
+        target = self._derived(x_t, t, r, v, batch) if self.config.split is None else self._split(x_t, t, r, v, batch)
+        return replace(batch, extra={"t": t, "r": r, "x_t": x_t, "target": target})
+
+    def _derived(
+        self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """v - (t - r) du/dt."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
             _, derivative = jvp(  # type: ignore[misc]
                 lambda x, at, start: self.average_velocity(x, at, start, batch),
                 (x_t, t, r),
                 (v, torch.ones_like(t), torch.zeros_like(r)),
             )
-        target = v - (t - r).view(-1, 1, 1, 1) * derivative
-        return replace(batch, extra={"t": t, "r": r, "x_t": x_t, "target": target})
+        target: torch.Tensor = v - (t - r).view(-1, 1, 1, 1) * derivative
+        return target
+
+    def _split(
+        self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """(d v + (t - r - d) u(x_{t-d}, t - d, r)) / (t - r); v where the interval is no longer than d."""
+        step = torch.minimum(torch.full_like(t, self.config.split or 0.0), t - r)
+        later = self.average_velocity(x_t - step.view(-1, 1, 1, 1) * v, t - step, r, batch)
+        share = (step / (t - r).clamp_min(1e-6)).view(-1, 1, 1, 1)
+        return torch.where((share > 0) & (share < 1), share * v + (1 - share) * later, v)
 
     def intervals(self, rng: Randomness) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, r) [B] with 1 >= t >= r >= 0."""

@@ -28,7 +28,7 @@ class Average(nn.Module):
 def test_the_exact_average_velocity_is_the_fixed_point(gaussian, line) -> None:
     """T20: u* = u for the exact u (which also satisfies x_r = x_t - (t - r) u by definition), and for no other."""
     for off, small in ((0.0, True), (0.1, False)):
-        config = MeanFlowConfig(instant_share=0.0, whole_share=0.2)
+        config = MeanFlowConfig(instant_share=0.0, whole_share=0.2, split=None)
         objective = MeanFlow(Average(gaussian(), off), gaussian(), NULL, config, 1.0)
         batch = line(torch.linspace(-1, 2, 128, dtype=torch.float64))
         batch = objective.prepare(batch, Randomness(0, 0, batch.slots))
@@ -36,6 +36,26 @@ def test_the_exact_average_velocity_is_the_fixed_point(gaussian, line) -> None:
         u = objective.average_velocity(batch.extra["x_t"], batch.extra["t"], batch.extra["r"], batch)
         error = (u - batch.extra["target"])[gap].abs().max()
         assert (float(error) < 1e-4) == small  # times are float32
+
+
+def test_the_split_interval_is_right_up_to_the_teachers_euler_step(gaussian, line) -> None:
+    """The exact u is off by less the shorter the teacher's step (order 1), and a short interval's target is v itself."""
+    errors = []
+    for split in (0.1, 0.05, 0.025):
+        config = MeanFlowConfig(instant_share=0.2, whole_share=0.3, split=split)
+        objective = MeanFlow(Average(gaussian()), gaussian(), NULL, config, 1.0)
+        batch = line(torch.linspace(-1, 2, 128, dtype=torch.float64))
+        batch = objective.prepare(batch, Randomness(0, 0, batch.slots))
+        t, r, x = (batch.extra[name] for name in ("t", "r", "x_t"))
+        whole = (t == 1) & (r == 0)
+        u = objective.average_velocity(x, t, r, batch)
+        errors.append(float((u - batch.extra["target"])[whole].abs().mean()))
+        same = t - r <= split
+        velocity = gaussian().velocity(x, t.view(-1, 1, 1, 1))
+        torch.testing.assert_close(batch.extra["target"][same], velocity[same])
+    assert errors[0] < 0.05
+    assert 1.6 < errors[0] / errors[1] < 5
+    assert 1.6 < errors[1] / errors[2] < 5
 
 
 def test_intervals_have_their_shares(tiny) -> None:
@@ -50,7 +70,7 @@ def test_intervals_have_their_shares(tiny) -> None:
 def test_the_derivative_is_that_of_central_differences(mlp, mixture, line) -> None:
     """T20, in double precision on a network of our own: relative error < 1e-4; a derivative along -v is seen."""
     student = mlp(inputs=3).double()
-    objective = MeanFlow(student, mixture, NULL, MeanFlowConfig(instant_share=0.0, whole_share=0.0), 1.0)
+    objective = MeanFlow(student, mixture, NULL, MeanFlowConfig(instant_share=0.0, whole_share=0.0, split=None), 1.0)
     batch = line(mixture.draw(64, torch.Generator().manual_seed(0)).double())
     out = objective.prepare(batch, Randomness(0, 0, batch.slots))
     t, r, x = (out.extra[name] for name in ("t", "r", "x_t"))
@@ -71,10 +91,10 @@ def test_with_no_interval_it_is_the_teachers_velocity_and_the_derivative_is_righ
     batch = batches(0)
     batch.images, batch.tokens = batch.images.double(), batch.tokens.double()
     null = (NULL[0].double(), NULL[1])
-    objective = MeanFlow(told, teacher, null, MeanFlowConfig(instant_share=1.0, whole_share=0.0), 2.0)
+    objective = MeanFlow(told, teacher, null, MeanFlowConfig(instant_share=1.0, whole_share=0.0, split=None), 2.0)
     same = objective.prepare(batch, Randomness(0, 0, SLOTS)).extra
     assert torch.equal(same["t"], same["r"])
-    objective = MeanFlow(told, teacher, null, MeanFlowConfig(instant_share=0.0, whole_share=0.5), 2.0)
+    objective = MeanFlow(told, teacher, null, MeanFlowConfig(instant_share=0.0, whole_share=0.5, split=None), 2.0)
     out = objective.prepare(batch, Randomness(0, 0, SLOTS))
     t, r, x = (out.extra[name].double() for name in ("t", "r", "x_t"))
     with torch.no_grad():
