@@ -97,12 +97,12 @@ def write_extras(
     config: DistillConfig, ctx: StageContext, nets: Networks, trainer: Trainer,
     model_of: Callable[[Trainer], Denoiser], batches: Callable[[int], Batch],
 ) -> dict[str, Any]:  # fmt: skip
-    """What some methods leave beside the weights: LCM-LoRA its adapter, InstaFlow the straightness it reached."""
+    """What some methods leave beside the weights: LCM-LoRA its adapter, a pure reflow the straightness it reached."""
     method = config.method
     if isinstance(method, ConsistencyConfig) and method.lora is not None:
         adapted = averaged(trainer, "student", nets.student)
         save_adapter(adapted, ctx.out / "adapter", {"base": ctx.parents["init"].digest})
-    if isinstance(method, InstaFlowConfig):
+    if isinstance(method, InstaFlowConfig) and method.reflow_share == 1:
         batch = batches(0)
         rng = Randomness(config.train.seed, 0, batch.slots)
         measured = {"teacher": nets.teacher, "student": model_of(trainer)}
