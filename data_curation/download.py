@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 
 from data_curation.config import DownloadConfig
 from data_curation.demo_web import HOST
-from data_curation.local_pictures import BODIES, judge_shard
 from data_curation.manifest import ROWS_SCHEMA, funnel, read_manifest
 from data_curation.web_server import serve
 from infra.config import digest_of, versioned
@@ -59,10 +58,7 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
     missing = [(start, path) for start, path in targets if not is_whole(path, min(config.shard_rows, num_rows - start))]
     if missing:
         with told_progress([path for _, path in targets], ctx):
-            if (source / BODIES).exists():
-                ctx.fan_out(judge_shard, [(source, start, path, config) for start, path in missing])
-            else:
-                _fetch(missing, config, ctx)
+            _fetch(missing, config, ctx)
     for _, path in targets:
         shutil.copyfile(path, ctx.out / path.name)
     facts = funnel(read_manifest(ctx.out), num_rows)
@@ -77,9 +73,9 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
 def keep_plan(config: DownloadConfig, source: Path, scratch: Path) -> None:
     """Clear away what was fetched under another plan: another list, or other settings."""
     scratch.mkdir(parents=True, exist_ok=True)
-    digest = pq.read_table(source / "urls.parquet")
-    plan = {"config": versioned(config), "rows": len(digest), "urls": digest_of([
-        digest["row_id"].to_pylist(), digest["url"].to_pylist()])}  # fmt: skip
+    listed = pq.read_table(source / "urls.parquet", columns=["row_id", "url"])
+    urls = digest_of([listed["row_id"].to_pylist(), listed["url"].to_pylist()])
+    plan = {"config": versioned(config), "rows": len(listed), "urls": urls}
     path = scratch / PLAN
     if not path.exists() or json.loads(path.read_text()) != plan:
         for old in scratch.glob("rows-*"):

@@ -60,7 +60,7 @@ def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) ->
     card = read_card(checkpoint)
     steps = card.steps if steps is None else steps
     check_steps(card, steps, card.guidance)
-    encoder, tokenizer = text_encoder.modules()
+    encoder, tokenizer = text_encoder.load()
     pipeline = PRXPixelPipeline(
         transformer=prx.load(transformer_folder(checkpoint, card, steps)).transformer,
         scheduler=scheduler_of(card, steps),

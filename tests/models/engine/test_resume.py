@@ -15,6 +15,7 @@ from models.engine.objective import Batch, Objective
 from models.engine.state import load_state
 from models.networks.prx import Denoiser
 from models.personalization.config import LoraConfig
+from models.personalization.dreambooth import DreamBooth
 from models.personalization.lora import add_lora
 from models.posttraining.config import DpoConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
@@ -33,10 +34,10 @@ def flow(tiny: Callable[[int], Denoiser]) -> Objective:
     return FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa)
 
 
-def lora(tiny: Callable[[int], Denoiser]) -> Objective:
+def dreambooth(tiny: Callable[[int], Denoiser]) -> Objective:
     denoiser = tiny(0)
     add_lora(denoiser, LoraConfig(rank=4), 0)
-    return FlowMatching(denoiser, TimestepConfig())
+    return DreamBooth(denoiser, TimestepConfig(), tiny(0))
 
 
 def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
@@ -79,7 +80,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("make", [flow, lora, dpo, *STUDENTS.values()], ids=["flow", "lora", "dpo", *STUDENTS])
+@pytest.mark.parametrize("make", [flow, dreambooth, dpo, *STUDENTS.values()], ids=["flow", "dreambooth", "dpo", *STUDENTS])
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
     def with_noise(step: int) -> Batch:
         batch = batches(step)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from infra.artifacts import folder_digest
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.config import PrxConfig
@@ -151,3 +152,14 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_prompts_are_cleaned_as_the_pipeline_cleans_them() -> None:
     assert text_encoder.clean("  a caf\u00c3\u00a9 &amp;amp; tea ") == "a caf\u00e9 & tea"
+
+
+def test_an_export_does_not_know_what_its_process_did_before(tmp_path: Path) -> None:
+    denoiser = prx.build(PrxConfig(hidden_size=32, depth=1, num_heads=2), torch.zeros(384), torch.ones(384), 0)
+    write_checkpoint(tmp_path / "checkpoint", denoiser, SamplingCard())
+    digests = []
+    for max_tokens in (8, 16):  # a tokenizer keeps how it was called last, and would be written so
+        text_encoder.encode(PROMPTS, max_tokens)
+        export_pipeline(tmp_path / "checkpoint", tmp_path / str(max_tokens))
+        digests.append(folder_digest(tmp_path / str(max_tokens))[0])
+    assert digests[0] == digests[1]
