@@ -113,8 +113,15 @@ def compare(config: CompareConfig, ctx: StageContext) -> dict[str, Any]:
             f"{len(missed)} student(s) do not beat their teacher: {'; '.join(missed)}; see comparison.json"
         )
     with one_thread():
-        latency = {row.label: time_row(row.folder, row.steps, row.guidance, lists["basic"], config) for row in rows}
-    speed = {label: share(latency[top]["denoise"]["p50"], found["denoise"]["p50"]) for label, found in latency.items()}
+        latency = {
+            str(count): {
+                row.label: time_row(row.folder, row.steps, row.guidance, lists["basic"], count, config.latency_rounds)
+                for row in rows
+            }
+            for count in config.latency_batches
+        }
+    speed = {count: {label: share(found[top]["denoise"]["p50"], own["denoise"]["p50"]) for label, own in found.items()}
+             for count, found in latency.items()}  # fmt: skip
     return {"best": best, "gates": gates, "ratios": ratios, "latency": latency, "speed_up": speed,
             "training": costs(rows, ctx), "rows": len(rows)}  # fmt: skip
 

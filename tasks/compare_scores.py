@@ -82,19 +82,20 @@ def measure(
 
 
 def time_row(
-    folder: Path, steps: int, guidance: float, prompts: Prompts, config: CompareConfig
+    folder: Path, steps: int, guidance: float, prompts: Prompts, count: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds a picture, one at a time: p50 and p95 of encoding the text, denoising, and making pixels."""
+    """Seconds of a batch of `count` pictures: p50 and p95 of encoding the texts, denoising, and making pixels."""
     generator = load_generator(folder)
     seconds: dict[str, list[float]] = {"encode": [], "denoise": [], "decode": []}
     generator.features([""])
-    for i in range(config.latency_pictures + 1):
-        text, seed = prompts.texts[i % len(prompts)], prompts.seeds[i % len(prompts)]
-        generator.forget(text)
+    for i in range(rounds + 1):
+        places = [(i * count + j) % len(prompts) for j in range(count)]
+        texts, seeds = [prompts.texts[j] for j in places], [prompts.seeds[j] for j in places]
+        generator.forget(texts)
         marks = [time.perf_counter()]
-        generator.features([text])
+        generator.features(texts)
         marks.append(time.perf_counter())
-        x = generator.draw([text], [seed], width=SIDE, height=SIDE, steps=steps, guidance=guidance)
+        x = generator.draw(texts, seeds, width=SIDE, height=SIDE, steps=steps, guidance=guidance, batch_size=count)
         marks.append(time.perf_counter())
         to_uint8(torch.from_numpy(x))
         marks.append(time.perf_counter())

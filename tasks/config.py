@@ -116,7 +116,10 @@ class CompareConfig(Config):
         lt=1,
         description="Accuracy a student may lack to the teacher; what chance does in few prompts",
     )
-    latency_pictures: int = Field(default=12, ge=2, description="Pictures timed one at a time for each row")
+    latency_rounds: int = Field(default=12, ge=2, description="Batches timed for each row and batch size")
+    latency_batches: tuple[int, ...] = Field(
+        default=(1, 8), min_length=1, description="Pictures per batch whose latency is measured"
+    )
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind each interval")
     batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time")
     strict_gate: bool = Field(

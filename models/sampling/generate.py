@@ -35,9 +35,10 @@ class Generator:
         pairs = [self._features[p] for p in prompts]
         return torch.stack([t for t, _ in pairs]), torch.stack([m for _, m in pairs])
 
-    def forget(self, prompt: str) -> None:
-        """Encode this prompt anew when it is asked next (for measuring)."""
-        self._features.pop(prompt, None)
+    def forget(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts anew when they are asked next (for measuring)."""
+        for prompt in prompts:
+            self._features.pop(prompt, None)
 
     def sample(
         self,

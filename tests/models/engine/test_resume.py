@@ -80,7 +80,9 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("make", [flow, dreambooth, dpo, *STUDENTS.values()], ids=["flow", "dreambooth", "dpo", *STUDENTS])
+@pytest.mark.parametrize(
+    "make", [flow, dreambooth, dpo, *STUDENTS.values()], ids=["flow", "dreambooth", "dpo", *STUDENTS]
+)
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
     def with_noise(step: int) -> Batch:
         batch = batches(step)
