@@ -87,7 +87,7 @@ def distillation(config: LifecycleConfig) -> list[StageSpec]:
                     spec_of(store.name, "teacher_pairs", seeded(store, config.seed), data="encode", init=source)
                 )
         specs.append(spec_of(stage.name, "distill", seeded(stage, config.seed), **inputs))
-    if compared(config):
+    if config.compare is not None and config.distill:
         students = {stage.name: stage.name for stage in config.distill}
         specs.append(spec_of("compare", "compare", config.compare, judge="judge", teacher=teacher, **students))
     return specs
@@ -101,7 +101,7 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | ({"pairs": config.posttrain.pairs.name} if config.posttrain.dpo else {})
-    if compared(config):
+    if "compare" in exports:
         shown["compare"] = "compare"
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
@@ -110,14 +110,9 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     ]
 
 
-def compared(config: LifecycleConfig) -> bool:
-    """Is there a comparison of students with their teacher."""
-    return config.compare is not None and bool(config.distill)
-
-
 def student_exports(config: LifecycleConfig) -> dict[str, str]:
     """Folder -> stage. The comparison, if there is one, names the best student for each step count at run time."""
-    if compared(config):
+    if config.compare is not None and config.distill:
         return {"compare": "compare"} | {f"student-{stage.name}": stage.name for stage in config.distill}
     return {f"student-{stage.student_steps}": stage.name for stage in config.distill}
 
