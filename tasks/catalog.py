@@ -48,7 +48,7 @@ TRAITS: dict[str, Traits] = {
     "distill": Traits("checkpoint", runs="train", version=2),
     "compare": Traits("scores"),
     "evaluate": Traits("scores"),
-    "export": Traits("pipelines", version=3),
+    "export": Traits("pipelines", version=4),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }
