@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from data_curation.config import DownloadConfig
 from data_curation.decoder import Decoder
 from data_curation.fetch_process import verdict_of, write_shard
-from data_curation.manifest import DROP, Row
+from data_curation.manifest import DROP, ERROR, Row
 
 BODIES = "bodies"  # folder of Parquet files (row_id, body), in the order of urls.parquet
 
@@ -41,7 +41,9 @@ def files_of(source: Path, start: int, count: int) -> Sequence[Path]:
     return found
 
 
-def _verdict(body: bytes, decoder: Decoder, config: DownloadConfig) -> Row:
+def _verdict(body: bytes | None, decoder: Decoder, config: DownloadConfig) -> Row:
+    if body is None:
+        return {"decision": ERROR, "reasons": ["no_picture"], "detail": "named by the source, but not there or not readable"}
     if len(body) > config.max_bytes:
         return {"decision": DROP, "reasons": ["oversize"], "num_bytes": len(body)}
     return verdict_of(decoder.inspect(body))
