@@ -12,15 +12,18 @@ from flows.config import LifecycleConfig
 from infra.config import parse
 from infra.errors import ConfigError
 
+PRESET = "lifecycle.yaml"
+
 
 def new_preset(folder: str, out: Path | None) -> tuple[Path, str]:
     """Write the preset; where it lies, and what was found. It never goes among the data: their fingerprint would change."""
     place = Path(folder).expanduser()
-    if not folder.startswith("s3://") and not (place.is_file() or (place.is_dir() and any(place.iterdir()))):
-        return _write(LifecycleConfig(name="mine"), out or place / "lifecycle.yaml"), "a preset of the demo's kind"
+    remote = folder.startswith("s3://")
+    if not remote and not place.is_file() and not (place.is_dir() and {path.name for path in place.iterdir()} - {PRESET}):
+        return _write(LifecycleConfig(name="mine"), out or place / PRESET), "a preset of the demo's kind"
     from data_curation.layouts import look
 
-    found = look(folder if folder.startswith("s3://") else str(place.resolve()))
+    found = look(folder if remote else str(place.resolve()))
     name = re.sub(r"[^a-z0-9]+", "-", place.name.split(".")[0].lower()).strip("-") or "mine"
     data = parse(DataConfig, {"source": found.settings}, f"what was found in {folder}")
     target = out or Path(f"{name}.yaml")

@@ -44,7 +44,7 @@ def pictures() -> dict[str, tuple[bytes, str]]:
         options = {"exif": exif} if form == "JPEG" else {}
         Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(file, form, **options)
         found[f"p{i}.{suffix}"] = file.getvalue(), f"caption, number {i}\nwith a line more"
-    found["p6.jpg"] = found["p0.jpg"][0][:300], "cut"
+    found["p6.jpg"] = found["p0.jpg"][0][:2_000], "cut"
     return found
 
 
