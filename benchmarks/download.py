@@ -111,7 +111,10 @@ def img2dataset(urls: Path, work: Path, **more: Any) -> float:
     command = [sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"]
     subprocess.run(command, check=True, env=os.environ | QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seconds = time.monotonic() - began
-    rows = sum(pq.read_table(path, columns=["status"])["status"].to_pylist().count("success") for path in work.glob("*.parquet"))
+    rows = sum(
+        pq.read_table(path, columns=["status"])["status"].to_pylist().count("success")
+        for path in work.glob("*.parquet")
+    )
     assert rows == PICTURES, rows
     return seconds
 

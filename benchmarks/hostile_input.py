@@ -159,7 +159,9 @@ def png(width: int, height: int, raw: bytes, depth: int = 8, kind: int = 2, extr
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    )
 
 
 def bombs(bodies: list[bytes]) -> Iterator[bytes]:
@@ -181,8 +183,21 @@ def bombs(bodies: list[bytes]) -> Iterator[bytes]:
         yield jpeg[: place + 5] + sides + jpeg[place + 9 :]
     scan = jpeg[jpeg.index(b"\xff\xda") : -2]
     yield jpeg[:-2] + scan * 3_000 + b"\xff\xd9"  # thousands of scans
-    yield from (b"", b"\x00", b"\xff\xd8\xff", b"GIF89a", b"RIFF\xff\xff\xff\xffWEBPVP8X", b"<svg/>", b"%PDF-1.7", bytes(5_000_000))
-    yield from (b"\x00\x00\x00\x1cftypavif" + bytes(20), b"\x00\x00\x00\x1cftypheic" + bytes(20), b"#!MVG\npush graphic-context")
+    yield from (
+        b"",
+        b"\x00",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"RIFF\xff\xff\xff\xffWEBPVP8X",
+        b"<svg/>",
+        b"%PDF-1.7",
+        bytes(5_000_000),
+    )
+    yield from (
+        b"\x00\x00\x00\x1cftypavif" + bytes(20),
+        b"\x00\x00\x00\x1cftypheic" + bytes(20),
+        b"#!MVG\npush graphic-context",
+    )
 
 
 def damaged(bodies: list[bytes], count: int, seed: int) -> Iterator[bytes]:
@@ -198,7 +213,9 @@ def damaged(bodies: list[bytes], count: int, seed: int) -> Iterator[bytes]:
                 case 0:
                     body[place] ^= 1 << rng.randrange(8)
                 case 1:
-                    body[place : place + 4] = rng.choice((b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", rng.randbytes(4)))
+                    body[place : place + 4] = rng.choice(
+                        (b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", rng.randbytes(4))
+                    )
                 case 2:
                     del body[place : place + rng.randrange(1, 64)]
                 case 3:

@@ -65,7 +65,9 @@ class ListSource(OwnData):
     """A list of picture URLs of your own."""
 
     kind: Literal["list"] = Field(default="list", description="Read a URL list.")
-    path: str = Field(description="Parquet, CSV, TSV, JSONL or text file (one URL a line), local or s3://; may end in .gz.")
+    path: str = Field(
+        description="Parquet, CSV, TSV, JSONL or text file (one URL a line), local or s3://; may end in .gz."
+    )
     url_column: str = Field(default="url", description="Column with the URL.")
     caption_column: str | None = Field(default="caption", description="Column with the caption; None: no captions.")
     long_caption_column: str | None = Field(default=None, description="Column with a longer caption, if there is one.")
@@ -97,12 +99,19 @@ class DownloadConfig(Config):
 
     shard_rows: int = Field(default=1_000, ge=10, le=100_000, description="Rows of one shard, the unit of resume.")
     timeout_seconds: float = Field(default=10, gt=0, le=120, description="Limit of one connection or read.")
-    deadline_seconds: float = Field(default=30, gt=0, le=600, description="Limit of one whole fetch, redirects and all.")
+    deadline_seconds: float = Field(
+        default=30, gt=0, le=600, description="Limit of one whole fetch, redirects and all."
+    )
     shard_seconds: float = Field(
-        default=3_600, gt=0, le=86_400, description="Limit of one shard; rows not there by then have reason shard_deadline."
+        default=3_600,
+        gt=0,
+        le=86_400,
+        description="Limit of one shard; rows not there by then have reason shard_deadline.",
     )
     retries: int = Field(default=1, ge=0, le=10, description="Further tries of a fetch that failed for the time being.")
-    backoff_seconds: float = Field(default=1, ge=0, le=60, description="Wait before the first retry; doubled each time.")
+    backoff_seconds: float = Field(
+        default=1, ge=0, le=60, description="Wait before the first retry; doubled each time."
+    )
     longest_wait_seconds: float = Field(
         default=30, ge=0, le=3_600, description="Longest wait before a retry; a Retry-After beyond it ends the tries."
     )

@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-JPEG_KEPT = {*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xEE}  # frames, tables, scans, restarts, Adobe's colour transform
+JPEG_KEPT = {
+    *range(0xC0, 0xD0),
+    0xDA,
+    0xDB,
+    0xDC,
+    0xDD,
+    0xEE,
+}  # frames, tables, scans, restarts, Adobe's colour transform
 PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"sRGB", b"IDAT", b"IEND"}
 WEBP_KEPT = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH"}
 NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")

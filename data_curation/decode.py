@@ -46,7 +46,7 @@ def inspect(data: bytes, max_pixels: int) -> Inspected:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             found = replace(found, mime=MIMES[str(image.format)], width=image.width, height=image.height)
             if image.width * image.height > max_pixels:
                 return replace(found, reason="oversize")

@@ -93,7 +93,7 @@ def is_whole(path: Path, num_rows: int) -> bool:
         return False
     try:
         with pq.ParquetFile(path) as file:
-            whole = file.metadata.num_rows == num_rows and file.schema_arrow.equals(ROWS_SCHEMA)
+            whole = bool(file.metadata.num_rows == num_rows and file.schema_arrow.equals(ROWS_SCHEMA))
     except (pa.ArrowException, OSError):
         whole = False
     if not whole:

@@ -107,7 +107,7 @@ def fetch_rows(rows: Sequence[Row], config: DownloadConfig, collector: Collector
     pending = by_turns(list(asked))
     for attempt in range(config.retries + 1):
         if attempt:
-            wait = config.backoff_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311
+            wait = config.backoff_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             again, wait = worth_retrying(collector.verdicts, pending, wait, config)
             if not again or time.monotonic() + wait > until:
                 break

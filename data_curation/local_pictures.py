@@ -43,7 +43,11 @@ def files_of(source: Path, start: int, count: int) -> Sequence[Path]:
 
 def _verdict(body: bytes | None, decoder: Decoder, config: DownloadConfig) -> Row:
     if body is None:
-        return {"decision": ERROR, "reasons": ["no_picture"], "detail": "named by the source, but not there or not readable"}
+        return {
+            "decision": ERROR,
+            "reasons": ["no_picture"],
+            "detail": "named by the source, but not there or not readable",
+        }
     if len(body) > config.max_bytes:
         return {"decision": DROP, "reasons": ["oversize"], "num_bytes": len(body)}
     return verdict_of(decoder.inspect(body))

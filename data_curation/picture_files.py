@@ -122,7 +122,9 @@ def _imagefolder(files: list[Path], base: Path) -> Iterator[Sample]:
         path = base / name
         within = bool(name) and path.resolve().is_relative_to(inside) and path.is_file()
         place = f"local:{Path(name).as_posix()}"
-        yield _said({k: v for k, v in row.items() if k != "file_name"}, place, path.stem, _body(path) if within else None)
+        yield _said(
+            {k: v for k, v in row.items() if k != "file_name"}, place, path.stem, _body(path) if within else None
+        )
 
 
 def _metadata_rows(path: Path) -> list[dict[str, Any]]:

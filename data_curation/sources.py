@@ -76,7 +76,9 @@ def _list_rows(config: ListSource, path: Path) -> list[Row]:
     long, licence = column(config.long_caption_column), column(config.licence_column)
     extra = {name: column(name) for name in config.metadata_columns if name in table.column_names}
     return [
-        _row(i, urls[i], short[i], long[i], licence[i], config.domain, {name: texts[i] for name, texts in extra.items()})
+        _row(
+            i, urls[i], short[i], long[i], licence[i], config.domain, {name: texts[i] for name, texts in extra.items()}
+        )
         for i in range(len(urls))
     ]
 
@@ -103,7 +105,9 @@ def _read_pictures(config: FolderSource, ctx: StageContext) -> dict[str, Any]:
     found = look(config.path)
     layout = config.layout if config.layout != "auto" else found.settings.get("layout")
     if layout is None:
-        raise DataRefused(f"source {config.path} is no folder of pictures but this: {found.says}; set data.source.kind=list")
+        raise DataRefused(
+            f"source {config.path} is no folder of pictures but this: {found.says}; set data.source.kind=list"
+        )
     log.info("source: %s, read as %s", found.says, layout)
     (ctx.out / BODIES).mkdir()
     rows: list[Row] = []

@@ -19,7 +19,11 @@ def new_preset(folder: str, out: Path | None) -> tuple[Path, str]:
     """Write the preset; where it lies, and what was found. It never goes among the data: their fingerprint would change."""
     place = Path(folder).expanduser()
     remote = folder.startswith("s3://")
-    if not remote and not place.is_file() and not (place.is_dir() and {path.name for path in place.iterdir()} - {PRESET}):
+    if (
+        not remote
+        and not place.is_file()
+        and not (place.is_dir() and {path.name for path in place.iterdir()} - {PRESET})
+    ):
         return _write(LifecycleConfig(name="mine"), out or place / PRESET), "a preset of the demo's kind"
     from data_curation.layouts import look
 

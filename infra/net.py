@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 
 from infra.errors import DataRefused
 
-_CARRIES_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))  # NAT64, compatible, SIIT
+_CARRIES_IPV4 = tuple(
+    map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96"))
+)  # NAT64, compatible, SIIT
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")  # parts of it count as global; a cloud's metadata is among them
 

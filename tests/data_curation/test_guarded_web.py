@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_curation.fetch_process import classify
 from data_curation.config import DownloadConfig
+from data_curation.fetch_process import classify
 from data_curation.guard import RefusedError
 from data_curation.guarded_web import install_guard
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: C901, PLR0915 - one case a page
         match self.path:
             case "/away":
                 self.send_response(302)

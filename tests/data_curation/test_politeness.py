@@ -4,6 +4,7 @@ import threading
 import time
 import urllib.error
 from email.message import Message
+from itertools import pairwise
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_starts_are_apart_and_a_turn_that_would_come_too_late_is_none() -> None:
     for thread in threads:
         thread.join()
     starts.sort()
-    assert all(b - a > 0.045 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a > 0.045 for a, b in pairwise(starts))
     turns.slow_down("a.org", 30)
     assert turns.take("a.org", time.monotonic() + 5)
     assert not turns.take("a.org", time.monotonic() + 5)

@@ -37,7 +37,9 @@ def pictures() -> dict[str, tuple[bytes, str]]:
     """name -> (bytes, caption): sound ones of every kind, one turned by EXIF, one broken, one that is not allowed."""
     rng = np.random.default_rng(0)
     found = {}
-    for i, (form, suffix) in enumerate([("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("AVIF", "avif"), ("GIF", "gif"), ("JPEG", "jpeg")]):
+    for i, (form, suffix) in enumerate(
+        [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("AVIF", "avif"), ("GIF", "gif"), ("JPEG", "jpeg")]
+    ):
         exif = Image.Exif()
         exif[0x0112] = 6 if i == 5 else 1
         file = io.BytesIO()
@@ -133,7 +135,12 @@ def test_the_same_pictures_by_any_route_are_the_same_rows(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "jsonl", "txt", "csv.gz", "jsonl.gz"])
 def test_lists_of_every_form_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    urls = [" http://a.org/a,b.png", "http://a.org/ü.png", "http://a.org/ü.png", None if suffix in ("parquet", "jsonl") else ""]
+    urls = [
+        " http://a.org/a,b.png",
+        "http://a.org/ü.png",
+        "http://a.org/ü.png",
+        None if suffix in ("parquet", "jsonl") else "",
+    ]
     captions = ['says "so"', "two\nlines", "", "four"]
     table = pa.table({"url": urls, "caption": captions, "tags": ["x"] * 4})
     path = tmp_path / f"list.{suffix}"
@@ -157,7 +164,11 @@ def test_lists_of_every_form_give_the_same_rows(tmp_path: Path, suffix: str) -> 
     facts = read_source(ListSource(**settings), ctx)
     rows = pq.read_table(tmp_path / "source" / "urls.parquet").to_pylist()
     assert facts == {"received": 3 if suffix == "txt" else 4}
-    assert [row["url"].strip() for row in rows[:3]] == ["http://a.org/a,b.png", "http://a.org/ü.png", "http://a.org/ü.png"]
+    assert [row["url"].strip() for row in rows[:3]] == [
+        "http://a.org/a,b.png",
+        "http://a.org/ü.png",
+        "http://a.org/ü.png",
+    ]
     assert len({row["row_id"] for row in rows}) == len(rows)
     if suffix != "txt":
         assert [row["caption_short"] for row in rows] == captions
@@ -203,7 +214,9 @@ def test_bad_input_gets_a_clear_answer(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_without_pictures_says_what_was_looked_for_found_and_to_do(tmp_path: Path) -> None:
     for i in range(300):
         (tmp_path / f"{i}.doc").write_text("x")
-    with pytest.raises(DataRefused, match=r"Looked for: pictures .*Found: 300 \.doc in 300 files.* Do: give the folder"):
+    with pytest.raises(
+        DataRefused, match=r"Looked for: pictures .*Found: 300 \.doc in 300 files.* Do: give the folder"
+    ):
         look(str(tmp_path))
     with pytest.raises(DataRefused, match="Looked for"):
         read_source(FolderSource(path=tmp_path), context(tmp_path.parent, f"{tmp_path.name}-source"))
