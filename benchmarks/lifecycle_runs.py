@@ -25,7 +25,7 @@ GATE_MISSED = 4
 @functools.cache
 def lifecycle(seed: int) -> dict[str, Any]:
     """The final JSON line of `t2i run presets/demo.yaml` with this seed."""
-    return _run(PRESET, seed)
+    return run_preset(PRESET, seed)
 
 
 @functools.cache
@@ -39,10 +39,11 @@ def pretraining(seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "demo-pretraining.yaml")
         path.write_text(yaml.safe_dump(preset))
-        return _run(path, seed)
+        return run_preset(path, seed)
 
 
-def _run(preset: Path, seed: int) -> dict[str, Any]:
+def run_preset(preset: Path, seed: int) -> dict[str, Any]:
+    """The final JSON line of `t2i run` with this preset and seed."""
     command = [str(Path(sys.executable).with_name("t2i")), "run", str(preset), "--set", f"seed={seed}", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, GATE_MISSED):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import resource
 import select
 import struct
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from data_curation.decode import Inspected, inspect
+from infra.memory import peak_memory
 
 MEGABYTE = 1 << 20
 
@@ -88,16 +88,6 @@ class Decoder:
         self._child = None
 
 
-def peak_memory(pid: int | str) -> int:
-    """Peak resident bytes of a process since it was started; 0 where it cannot be seen. (getrusage has its parent's.)"""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
-
-
 def _reader(stream: IO[bytes], until: float) -> Callable[[int], bytes]:
     """Reads so many bytes of a pipe, all of them or TimeoutError or EOFError."""
 
@@ -128,7 +118,7 @@ def serve(max_pixels: int, memory_mb: int) -> None:
             found = inspect(body, max_pixels)
         except MemoryError:
             os._exit(1)  # even the body had no place; the parent names the reason
-        facts = asdict(found) | {"peak": peak_memory("self")}
+        facts = asdict(found) | {"peak": peak_memory()}
         image = facts.pop("image") or b""
         text = json.dumps(facts).encode()
         answers.write(struct.pack("<QQ", len(text), len(image)))

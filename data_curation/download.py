@@ -77,9 +77,9 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
 def keep_plan(config: DownloadConfig, source: Path, scratch: Path) -> None:
     """Clear away what was fetched under another plan: another list, or other settings."""
     scratch.mkdir(parents=True, exist_ok=True)
-    digest = pq.read_table(source / "urls.parquet")
-    plan = {"config": versioned(config), "rows": len(digest), "urls": digest_of([
-        digest["row_id"].to_pylist(), digest["url"].to_pylist()])}  # fmt: skip
+    listed = pq.read_table(source / "urls.parquet", columns=["row_id", "url"])
+    urls = digest_of([listed["row_id"].to_pylist(), listed["url"].to_pylist()])
+    plan = {"config": versioned(config), "rows": len(listed), "urls": urls}
     path = scratch / PLAN
     if not path.exists() or json.loads(path.read_text()) != plan:
         for old in scratch.glob("rows-*"):

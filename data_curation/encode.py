@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
 
 from data_curation.config import EncodeConfig
 from data_curation.manifest import KEEP, Row, pictures, read_manifest, shards, write_table
+from infra.arrays import save_arrays
 from infra.errors import DataRefused
 
 if TYPE_CHECKING:
@@ -123,14 +123,14 @@ def _encode_captions(captions: list[str], config: EncodeConfig, ctx: StageContex
     tokens = np.concatenate(states)
     std = tokens.std(axis=0, dtype=np.float64)
     dead = std < DEAD_STD
-    save_file(
+    save_arrays(
+        ctx.out / "text.safetensors",
         {
             "tokens": tokens,
             "offsets": np.concatenate([[0], np.cumsum([len(s) for s in states])]).astype(np.int64),
             "mean": tokens.mean(axis=0, dtype=np.float64).astype(np.float32),
             "std": np.where(dead, 1.0, std).astype(np.float32),
         },
-        ctx.out / "text.safetensors",
     )
     return {"tokens": len(tokens), "dead_text_dimensions": int(dead.sum())}
 
@@ -228,8 +228,8 @@ def _encode_pictures(rows: list[Row], ids: dict[str, int], config: EncodeConfig,
                     "domain": row["domain"], "split": row["split"],
                 })  # fmt: skip
     for (width, height), (stored, taught) in tensors.items():
-        save_file(
-            {"images": np.concatenate(stored), "teacher": np.concatenate(taught)},
+        save_arrays(
             ctx.out / f"images-{width}x{height}.safetensors",
+            {"images": np.concatenate(stored), "teacher": np.concatenate(taught)},
         )
     return index

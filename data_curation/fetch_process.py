@@ -96,14 +96,8 @@ def verdict_of(found: Inspected) -> Row:
 
 
 def fetch_rows(rows: Sequence[Row], config: DownloadConfig, collector: Collector, until: float) -> dict[str, Row]:
-    """Verdicts of the rows' URLs by row id; each distinct URL is asked once, and again only where that may help."""
-    verdicts: dict[str, Row] = {}
-    asked: dict[str, list[str]] = {}
-    for row in rows:
-        try:
-            asked.setdefault(fetchable(row["url"]), []).append(row["row_id"])
-        except BadUrl as error:
-            verdicts[row["row_id"]] = {"decision": ERROR, "reasons": ["bad_url"], "detail": str(error)}
+    """Verdicts by row id; each distinct URL is asked once, and again only where that may help."""
+    asked, _ = by_url(rows)
     pending = by_turns(list(asked))
     for attempt in range(config.retries + 1):
         if attempt:
@@ -114,9 +108,26 @@ def fetch_rows(rows: Sequence[Row], config: DownloadConfig, collector: Collector
             time.sleep(wait)
             pending = again
         fetch_web(pending, config, collector)
-    lost = {"decision": ERROR, "reasons": ["lost_by_downloader"]}
-    for url, row_ids in asked.items():
-        verdicts |= dict.fromkeys(row_ids, collector.verdicts.get(url, lost))
+    return verdicts_so_far(rows, collector)
+
+
+def by_url(rows: Sequence[Row]) -> tuple[dict[str, list[str]], dict[str, Row]]:
+    """URL -> ids of the rows that want it; and the verdicts of rows whose URL cannot be asked for."""
+    asked: defaultdict[str, list[str]] = defaultdict(list)
+    refused: dict[str, Row] = {}
+    for row in rows:
+        try:
+            asked[fetchable(row["url"])].append(row["row_id"])
+        except BadUrl as error:
+            refused[row["row_id"]] = {"decision": ERROR, "reasons": ["bad_url"], "detail": str(error)}
+    return asked, refused
+
+
+def verdicts_so_far(rows: Sequence[Row], collector: Collector) -> dict[str, Row]:
+    """Verdicts by row id of the rows that have one by now."""
+    asked, verdicts = by_url(rows)
+    for url in asked.keys() & collector.verdicts.keys():
+        verdicts |= dict.fromkeys(asked[url], collector.verdicts[url])
     return verdicts
 
 
@@ -179,28 +190,13 @@ def watchdog(seconds: float, rows: Sequence[Row], collector: Collector, target: 
 
     def bark() -> None:
         log.error("%s hangs %.0f s after its deadline; it is ended with what has come", target.name, STUCK_SECONDS)
-        by_id = {}
-        for row in rows:
-            with_url = fetchable_or_none(row["url"])
-            if with_url is None:
-                by_id[row["row_id"]] = {"decision": ERROR, "reasons": ["bad_url"]}
-            elif with_url in collector.verdicts:
-                by_id[row["row_id"]] = collector.verdicts[with_url]
-        write_shard(rows, by_id, "shard_deadline", target)
+        write_shard(rows, verdicts_so_far(rows, collector), "shard_deadline", target)
         os.execv(sys.executable, [sys.executable, "-m", "data_curation.fetch_process", *sys.argv[1:]])
 
     timer = threading.Timer(seconds, bark)
     timer.daemon = True
     timer.start()
     return timer
-
-
-def fetchable_or_none(url: str | None) -> str | None:
-    """The URL to ask for, if the row has one."""
-    try:
-        return fetchable(url)
-    except BadUrl:
-        return None
 
 
 def main(spec_path: Path) -> None:

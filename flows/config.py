@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from data_curation.config import DataConfig
 from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
-from models.distillation.config import DistillConfig
+from models.distillation.config import DistillConfig, PairStoreConfig
 from models.personalization.config import DreamBoothConfig
 from models.posttraining.config import DpoConfig, PairsConfig
 from models.pretraining.config import FlowMatchingConfig
-from tasks.config import EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
+from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
 
 
 class PosttrainConfig(Config):
@@ -57,6 +57,10 @@ class LifecycleConfig(Config):
     )
     distill: tuple[DistillConfig, ...] = Field(default=(), description="Students")
     distill_from: str | None = Field(default=None, description="Their teacher's stage; null: the last of post-training")
+    distill_pairs: tuple[PairStoreConfig, ...] = Field(
+        default=(), description="Stored pairs of the teacher, for the methods that learn from them"
+    )
+    compare: CompareConfig | None = Field(default=None, description="Students against their teacher, step by step")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Scores and gates")
     export: ExportConfig = Field(default=ExportConfig(), description="Stock pipelines")
     report: ReportConfig = Field(default=ReportConfig(), description="The page that shows it all")
@@ -78,6 +82,7 @@ class LifecycleConfig(Config):
         twice = [name for name, count in Counter(self.checkpoints).items() if count > 1]
         if twice:
             raise ValueError(f"stage name {twice[0]!r} is used twice; give every stage its own name")
+        self._distillation_fits()
         taught = set(self.data.encode.teacher_resolutions)
         for stage in self.pretrain:
             if stage.repa is not None and (missing := sorted(set(stage.select.resolutions) - taught)):
@@ -92,3 +97,18 @@ class LifecycleConfig(Config):
                     f"{field}={start!r} is no stage of pre- or post-training; choose one of {list(self.chain)}"
                 )
         return self
+
+    def _distillation_fits(self) -> None:
+        stores, before = [store.name for store in self.distill_pairs], set[str]()
+        for stage in self.distill:
+            if stage.start is not None and stage.start not in before:
+                raise ValueError(
+                    f"stage {stage.name!r} starts from {stage.start!r}, which is no student before it; "
+                    f"choose one of {sorted(before)} or null"
+                )
+            if stage.needs_pairs and (stage.pairs not in stores if stage.pairs else not stores):
+                raise ValueError(
+                    f"stage {stage.name!r} learns from stored pairs, but distill_pairs has {stores}; "
+                    f"add {stage.pairs or 'one'} there"
+                )
+            before.add(stage.name)

@@ -73,27 +73,48 @@ def personalization(config: LifecycleConfig) -> list[StageSpec]:
 
 
 def distillation(config: LifecycleConfig) -> list[StageSpec]:
-    """Students of one teacher."""
-    teacher = config.distill_from or config.chain[-1]
-    return [
-        spec_of(stage.name, "distill", seeded(stage, config.seed), data="encode", init=teacher)
-        for stage in config.distill
-    ]
+    """Students of one teacher; a pair store comes before the first student that learns from it."""
+    teacher, specs = config.distill_from or config.chain[-1], list[StageSpec]()
+    stores = {store.name: store for store in config.distill_pairs}
+    for stage in config.distill:
+        inputs = {"data": "encode", "init": teacher} | ({"start": stage.start} if stage.start else {})
+        if stage.needs_pairs:
+            store = stores[stage.pairs or next(iter(stores))]
+            inputs["pairs"] = store.name
+            if all(spec.name != store.name for spec in specs):
+                source = store.source or teacher
+                specs.append(
+                    spec_of(store.name, "teacher_pairs", seeded(store, config.seed), data="encode", init=source)
+                )
+        specs.append(spec_of(stage.name, "distill", seeded(stage, config.seed), **inputs))
+    if config.compare is not None and config.distill:
+        students = {stage.name: stage.name for stage in config.distill}
+        specs.append(spec_of("compare", "compare", config.compare, judge="judge", teacher=teacher, **students))
+    return specs
 
 
 def proof(config: LifecycleConfig) -> list[StageSpec]:
     """Scores of every checkpoint, the pipelines to give away, and the page."""
     checkpoints = {name: name for name in config.checkpoints}
     exports = {"teacher": config.distill_from or config.chain[-1]}
-    exports |= {f"student-{stage.student_steps}": stage.name for stage in config.distill}
+    exports |= student_exports(config)
     exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | ({"pairs": config.posttrain.pairs.name} if config.posttrain.dpo else {})
+    if "compare" in exports:
+        shown["compare"] = "compare"
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),
         spec_of("report", "report", config.report, scores="evaluate", **shown, **checkpoints),
     ]
+
+
+def student_exports(config: LifecycleConfig) -> dict[str, str]:
+    """Folder -> stage. The comparison, if there is one, names the best student for each step count at run time."""
+    if config.compare is not None and config.distill:
+        return {"compare": "compare"} | {f"student-{stage.name}": stage.name for stage in config.distill}
+    return {f"student-{stage.student_steps}": stage.name for stage in config.distill}
 
 
 def seeded(stage: C, seed: int) -> C:

@@ -83,8 +83,35 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML mapping from `path` and apply overrides such as `pretrain.0.steps=5` (the value is YAML too)."""
-    path = Path(path)
+    """Read a YAML mapping from `path` and apply overrides such as `pretrain.0.steps=5` (the value is YAML too).
+
+    `extends: other.yaml` names a file beside it to start from: mappings are merged key by key, all else is replaced.
+    """
+    data = _extended(Path(path), ())
+    for override in overrides:
+        _apply(data, override)
+    return data
+
+
+def _extended(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in children:
+        raise ConfigError(f"{path} extends itself ({' -> '.join(p.name for p in children)}); take one `extends` out")
+    data = _mapping(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}; give the name of a YAML file beside it")
+    return _merged(_extended(path.parent / base, (*children, path.resolve())), data)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], own[key]) for key in base.keys() & own.keys()
+            if isinstance(base[key], dict) and isinstance(own[key], dict)}  # fmt: skip
+    return {**base, **own, **both}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -96,8 +123,6 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, not a mapping; write `key: value` lines")
-    for override in overrides:
-        _apply(data, override)
     return data
 
 

@@ -31,22 +31,24 @@ class Traits:
 Catalog: TypeAlias = Callable[[str], StageFunction]
 
 TRAITS: dict[str, Traits] = {
-    "publish_demo_web": Traits("source"),
-    "read_list": Traits("source"),
-    "read_folder": Traits("source"),
-    "download": Traits("manifest"),
+    "publish_demo_web": Traits("source", version=2),
+    "read_list": Traits("source", version=2),
+    "read_folder": Traits("source", version=2),
+    "download": Traits("manifest", version=3),
     "deduplicate": Traits("manifest"),
     "filter_quality": Traits("manifest"),
     "assign_buckets": Traits("manifest"),
     "encode": Traits("training-set"),
     "train_judge": Traits("judge"),
     "flow_matching": Traits("checkpoint", runs="train"),
-    "make_pairs": Traits("pairs"),
-    "dpo": Traits("checkpoint", runs="train"),
-    "dreambooth": Traits("checkpoint", runs="train", version=2),
-    "distill": Traits("checkpoint", runs="train"),
+    "make_pairs": Traits("pairs", version=2),
+    "dpo": Traits("checkpoint", runs="train", version=2),
+    "dreambooth": Traits("checkpoint", runs="train", version=3),
+    "teacher_pairs": Traits("pairs"),
+    "distill": Traits("checkpoint", runs="train", version=2),
+    "compare": Traits("scores"),
     "evaluate": Traits("scores"),
-    "export": Traits("pipelines", version=2),
+    "export": Traits("pipelines", version=4),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }
@@ -83,9 +85,9 @@ def stage_function(name: str) -> StageFunction:
             | "encode"
         ):
             return _curation(name)
-        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "distill":
+        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "teacher_pairs" | "distill":
             return _training(name)
-        case "train_judge" | "evaluate" | "export" | "report" | "promote":
+        case "train_judge" | "compare" | "evaluate" | "export" | "report" | "promote":
             return _proof(name)
         case _:
             raise ConfigError(f"there is no stage function {name!r}; tasks/catalog.py lists {', '.join(TRAITS)}")
@@ -147,6 +149,11 @@ def _training(name: str) -> StageFunction:
             from tasks.personalize import dreambooth
 
             return StageFunction(DreamBoothConfig, dreambooth)
+        case "teacher_pairs":
+            from models.distillation.config import PairStoreConfig
+            from tasks.teacher_pairs import teacher_pairs
+
+            return StageFunction(PairStoreConfig, teacher_pairs)
         case _:
             from models.distillation.config import DistillConfig
             from tasks.distill import distill
@@ -162,6 +169,10 @@ def _proof(name: str) -> StageFunction:
             from tasks.judge import train_judge
 
             return StageFunction(config.JudgeConfig, train_judge)
+        case "compare":
+            from tasks.compare import compare
+
+            return StageFunction(config.CompareConfig, compare)
         case "evaluate":
             from tasks.evaluate import evaluate
 

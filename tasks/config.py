@@ -10,6 +10,7 @@ from infra.config import Config
 from models.evaluation.config import GateConfig, JudgeConfig
 
 __all__ = [
+    "CompareConfig",
     "EvaluateConfig",
     "ExportConfig",
     "GateConfig",
@@ -94,3 +95,33 @@ class ExportConfig(Config):
     """Which checkpoints become pipelines is decided by the stage's inputs: a role is the name of a folder."""
 
     name: str = Field(default="export", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+
+
+class CompareConfig(Config):
+    """Students against their teacher on the same prompts and noise, at the same numbers of steps."""
+
+    seed: int = Field(default=1234, ge=0, description="Seed of the prompt lists and of the pictures' noise")
+    basic_prompts: int = Field(default=192, ge=4, description="Held-out prompts of the basic vocabulary")
+    full_prompts: int = Field(default=96, ge=4, description="Held-out prompts of the full vocabulary")
+    teacher_steps: tuple[int, ...] = Field(
+        default=(1, 2, 4, 8, 50), min_length=1, description="Step counts of the teacher; the largest is what 100 % is"
+    )
+    student_steps: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1, description="Step counts of the students")
+    guidance: float = Field(default=2.0, ge=1, le=30, description="The teacher's guidance")
+    diversity_prompts: int = Field(default=8, ge=1, description="Prompts drawn several times")
+    diversity_seeds: int = Field(default=4, ge=2, description="Pictures per prompt for diversity")
+    tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Accuracy a student may lack to the teacher; what chance does in few prompts",
+    )
+    latency_rounds: int = Field(default=12, ge=2, description="Batches timed for each row and batch size")
+    latency_batches: tuple[int, ...] = Field(
+        default=(1, 8), min_length=1, description="Pictures per batch whose latency is measured"
+    )
+    bootstrap: int = Field(default=200, ge=20, description="Resamples behind each interval")
+    batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time")
+    strict_gate: bool = Field(
+        default=False, description="Fail this stage when a student does not beat its teacher, instead of reporting it"
+    )

@@ -13,14 +13,15 @@ from models.networks.export import export_pipeline
 from models.personalization import lora_files, lora_import
 from tasks.config import ExportConfig
 
+COMPARE = "compare"
+
 
 def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:
-    """One folder per input checkpoint; adapters ride along as peft, diffusers and kohya files."""
+    """One folder per checkpoint and per step count of the best students; adapters ride along in three forms."""
     exports = {}
-    for role, folder in sorted(ctx.inputs.items()):
-        target = ctx.out / role
-        parent = ctx.parents[role]
-        export_pipeline(folder, target)
+    for role, (source, steps) in wanted(ctx).items():
+        folder, target, parent = ctx.inputs[source], ctx.out / role, ctx.parents[source]
+        export_pipeline(folder, target, steps)
         (target / "lineage.json").write_text(
             json.dumps({"stage": parent.stage, "digest": parent.digest, "parents": list(parent.parents)}, indent=2)
         )
@@ -28,6 +29,18 @@ def export(config: ExportConfig, ctx: StageContext) -> dict[str, Any]:
             export_adapter(folder, target / "adapter", role)
         exports[role] = role
     return {"exports": exports}
+
+
+def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
+    """Folder -> (input, step count); without a comparison every input is a folder at its own step count."""
+    if COMPARE not in ctx.inputs:
+        return {role: (role, None) for role in sorted(ctx.inputs)}
+    students = {f"student-{ctx.parents[role].stage}": role for role in ctx.inputs}
+    folders: dict[str, tuple[str, int | None]] = {role: (role, None) for role in sorted(ctx.inputs) if role != COMPARE}
+    best = json.loads((ctx.inputs[COMPARE] / "best.json").read_text())
+    for steps, found in best.items():
+        folders[f"student-{steps}"] = (students[f"student-{found['stage']}"], int(steps))
+    return folders
 
 
 def export_adapter(checkpoint: Path, target: Path, role: str) -> None:

@@ -18,9 +18,8 @@ from models.networks import prx, text_encoder
 from models.networks.checkpoint import read_card
 from models.networks.prx import Denoiser
 from models.personalization.config import DreamBoothConfig
-from models.personalization.dreambooth import Pictures, mixed_batches
+from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
 from models.personalization.lora import add_lora, merge, save_adapter
-from models.pretraining.flow_matching import FlowMatching
 from models.sampling.generate import load_generator
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
@@ -42,9 +41,9 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": config.token})
     instance, instance_images = _instance(config, card.side, card.prompt_max_tokens)
     prior = _prior(config, ctx, card.prompt_max_tokens)
-    denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
+    denoiser, base = (prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std) for _ in range(2))
     add_lora(denoiser, config.lora, config.train.seed)
-    objective = FlowMatching(denoiser, config.timesteps)
+    objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)
     slots = local_slots(config.train.batch_size)
     batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
     trained: list[Denoiser] = []

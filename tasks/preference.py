@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from data_curation import scenes as demo
+from infra.arrays import save_arrays
 from infra.errors import DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
@@ -56,7 +57,7 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
             "ask more prompts, larger groups or a smaller gap"
         )
     winners, losers = kept * config.group + best[kept], kept * config.group + worst[kept]
-    save_file({"winner": images[winners], "loser": images[losers]}, ctx.out / "pairs.safetensors")
+    save_arrays(ctx.out / "pairs.safetensors", {"winner": images[winners], "loser": images[losers]})
     table = pa.table(
         {
             "prompt": [prompts[i] for i in winners], "scene": [asked[i].id for i in winners],

@@ -13,6 +13,7 @@ from infra.stages import StageContext
 from tasks.config import ReportConfig
 from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
 from tasks.report_tables import (
+    comparison_rows,
     funnel_rows,
     funnel_summary,
     grid_rows,
@@ -63,7 +64,7 @@ def render(
     )  # fmt: skip
     text: str = environment.get_template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
-        by_layout=by_layout, gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
+        by_layout=by_layout, comparison=comparison_rows(ctx), gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
         curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),
         refused=galleries(config, ctx), truth=truth, lineage=lineage, exports=exports_of(ctx),

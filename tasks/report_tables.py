@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.artifacts import Artifact
+from infra.stages import StageContext
 from tasks.report_parts import data_uri
 
 COLUMNS = {
@@ -169,3 +170,24 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def comparison_rows(ctx: StageContext) -> list[dict[str, Any]]:
+    """Teacher and students step by step, the most accurate first among equals in steps; empty without a comparison."""
+    if "compare" not in ctx.inputs:
+        return []
+    found = json.loads((ctx.inputs["compare"] / "comparison.json").read_text())
+    verdicts = {verdict["row"]: verdict["passed"] for verdict in found["verdicts"]}
+    best = {f"{chosen['stage']}@{steps}" for steps, chosen in found["best"].items()}
+    speed = ctx.parents["compare"].facts.get("speed_up", {})
+    rows = []
+    for label, row in found["rows"].items():
+        rows.append({
+            "stage": row["stage"], "method": row["method"], "steps": row["steps"], "calls": row["network_calls"],
+            "basic": row["prompt_accuracy"]["value"], "full": row["prompt_accuracy_full"]["value"],
+            "kept": found["ratios"][label], "distance": row["kernel_distance"]["value"],
+            "diversity": row["diversity"]["value"], "high_frequencies": row["high_frequency_ratio"],
+            "speed": {count: by_row.get(label) for count, by_row in speed.items()},
+            "passed": verdicts.get(label), "best": label in best,
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: (row["stage"] != "teacher", row["steps"], -row["basic"] - row["full"]))

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import Field
@@ -19,6 +18,7 @@ from infra.artifacts import Artifact
 from infra.config import Config
 from infra.errors import LifecycleError
 from infra.logging import stage_log
+from infra.memory import forget_peak_memory, peak_memory
 from infra.provenance import provenance
 from infra.stages import FanOut, Resources, StageContext, StageSpec, fan_out_here, stage_key
 from infra.storage import Store
@@ -173,23 +173,3 @@ def _measured(job: Job, seconds: float) -> dict[str, Any]:
         "resources": job.resources.model_dump(mode="json"),
         "provenance": provenance(),
     }
-
-
-def forget_peak_memory() -> None:
-    """Start the count of peak memory anew (Linux), because a training process serves several stages."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        log.debug("peak memory counts from the start of the process")
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,10 +1,11 @@
-"""Consistency distillation (Song et al. 2023, arXiv:2303.01469, alg. 2) of an x_0-predicting flow model.
+"""Consistency models (Song et al. 2023, arXiv:2303.01469, alg. 2 and 3) and LCM (arXiv:2310.04378, alg. 1).
 
-f(x, t) = x_0-prediction. On the grid t_n = n/N: take x at t_n on the data path, let the teacher make one guided Euler
-step to t_{n-1}, and pull f(x, t_n) towards the target network's f at the new point - or towards the point itself when
-t_{n-1} = 0, which is the boundary condition. Pseudo-Huber loss per element. Guidance is distilled, so students sample
-without it. A share of the batch sits at t = 1, where a one-step student is asked.
-Left out: LCM's guidance embedding and skipping steps; f is exact at t = 0 only through the target.
+f(x, t) = x - t F(x, t), F the network's velocity: f(x, 0) = x to the bit, with no constants. On the grid take x at t_n
+on the data path, let the teacher make one guided Euler step of `skip` grid steps to s, and pull f(x_t, t) towards the
+target network's f(x_s, s). Pseudo-Huber loss per element. Guidance is distilled: one number, or (LCM) drawn from a
+range and embedded. Without teacher, x_s is on the data path too (consistency training). A share of the batch sits at
+t = 1, where a one-step student is asked. With adapters on the student this is LCM-LoRA (arXiv:2311.05556).
+Left out: other teacher solvers (LCM's DDIM is Euler here), schedules that refine the grid.
 """
 
 from __future__ import annotations
@@ -16,22 +17,37 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from models.distillation.config import DistillConfig
+from models.distillation.conditioning import ConditionedDenoiser
+from models.distillation.config import ConsistencyConfig
+from models.distillation.grid import Schedule
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.prx import Denoiser, velocity_of
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import euler_step
 
 Null = tuple[torch.Tensor, torch.Tensor]
 
 
+def consistency_function(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """f = x_t - t F from the network's x_0-prediction; it is that prediction wherever the velocity is not clamped."""
+    return x_t - t.view(-1, 1, 1, 1) * velocity_of(x_0, x_t, t)
+
+
 class ConsistencyDistillation:
     """The student learns to jump from anywhere on the teacher's guided path to its end."""
 
-    def __init__(self, student: Denoiser, teacher: Denoiser, null: Null, config: DistillConfig) -> None:
-        self.student, self.null, self.config = student, null, config
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(
+        self, student: Denoiser | ConditionedDenoiser, teacher: Denoiser | None, null: Null, config: ConsistencyConfig,
+        guidance: float = 1.0, schedule: Schedule = Schedule(),
+    ) -> None:  # fmt: skip
+        if config.use_teacher != (teacher is not None):
+            raise ValueError(
+                f"use_teacher={config.use_teacher} but the teacher is {teacher and 'given'}; make them agree"
+            )
+        self.student, self.null, self.config, self.guidance = student, null, config, guidance
+        self.schedule = schedule
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
 
     @property
@@ -46,22 +62,35 @@ class ConsistencyDistillation:
     @torch.no_grad()
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Grid times, noised pictures, the teacher's step and the target's answer there."""
-        steps = self.config.teacher_steps
+        steps, images = self.config.teacher_steps, batch.images
         index = (rng.stratified("time") * steps).long() + 1  # 1 .. N
         index = torch.where(rng.uniform("pure noise") < self.config.noise_share, torch.full_like(index, steps), index)
-        t, s = index / steps, (index - 1) / steps
-        x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)
-        x_s = euler_step(self.teacher, x_t, t, s, batch.tokens, batch.mask, self.null, self.config.guidance)
-        target, _ = self.target(x_s, s, batch.tokens, batch.mask)
-        target = torch.where((index == 1).view(-1, 1, 1, 1), x_s, target)
-        return replace(batch, extra={"t": t, "x_t": x_t, "target": target})
+        t = self.schedule.at(index, steps, images)
+        s = self.schedule.at((index - self.config.skip).clamp_min(0), steps, images)
+        eps = rng.normal("noise", tuple(images.shape[1:]))
+        x_t = noised(images, eps, t)
+        extra = {"t": t, "x_t": x_t}
+        guidance: float | torch.Tensor = self.guidance
+        if self.config.guidance_range is not None:
+            low, high = self.config.guidance_range
+            guidance = extra["guidance"] = low + (high - low) * rng.uniform("guidance")
+        if self.teacher is None:
+            x_s = noised(images, eps, s)
+        else:
+            x_s = euler_step(self.teacher, x_t, t, s, batch.tokens, batch.mask, self.null, guidance)
+        extra["target"] = self._f(self.target, x_s, s, replace(batch, extra=extra))
+        return replace(batch, extra=extra)
 
     def loss(self, player: str, batch: Batch) -> Loss:
         """sqrt(||f - target||^2 + c^2) - c per element."""
-        x_0, _ = self.student(batch.extra["x_t"], batch.extra["t"], batch.tokens, batch.mask)
-        c = self.config.huber
-        distance = ((x_0 - batch.extra["target"]).square() + c * c).sqrt() - c
+        f, c = self._f(self.student, batch.extra["x_t"], batch.extra["t"], batch), self.config.huber
+        distance = ((f - batch.extra["target"]).square() + c * c).sqrt() - c
         return Loss(distance.mean(), {"consistency": distance.detach().mean()})
+
+    def _f(self, net: nn.Module, x: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
+        scalar = (batch.extra["guidance"],) if "guidance" in batch.extra else ()
+        x_0, _ = net(x, t, batch.tokens, batch.mask, *scalar)
+        return consistency_function(x_0, x, t)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -41,7 +41,9 @@ class Trainer:
         self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.players.items()}
         for module in self.players.values():
             broadcast_parameters(module)
-        self.optimizers = {n: PlayerOptimizer(m, config.optimizer, config.steps) for n, m in self.players.items()}
+        own = getattr(objective, "optimizers", {})  # a player may have settings of its own
+        span = getattr(objective, "schedule_steps", config.steps)  # the rate falls once in every span
+        self.optimizers = {n: PlayerOptimizer(m, own.get(n, config.optimizer), span) for n, m in self.players.items()}
         self.emas = {n: PowerEma(m, config.ema_gamma) for n, m in self.players.items()}
         self.step = 0
         self.skipped = 0

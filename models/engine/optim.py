@@ -59,7 +59,7 @@ class PlayerOptimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
-            factor = rate_factor(step, self.steps, self.config)
+            factor = rate_factor(step % self.steps, self.steps, self.config)
             groups = [group for opt in self.optimizers for group in opt.param_groups]
             for group, peak in zip(groups, self.peaks, strict=True):
                 group["lr"] = peak * factor

@@ -24,7 +24,34 @@ class SamplingCard(Config):
     shift: Literal["none", "sqrt_tokens"] = Field(default="sqrt_tokens", description="Rule of the time shift")
     base_tokens: int = Field(default=64, ge=1, description="Token count at which the shift is 1")
     distilled: bool = Field(default=False, description="True for students: steps and guidance are fixed by training")
+    sampler: Literal["euler", "renoise"] = Field(default="euler", description="ODE steps, or x_0 and fresh noise")
+    trained_steps: tuple[int, ...] | None = Field(default=None, description="Step counts a student can be asked")
+    method: str | None = Field(default=None, description="How a student was distilled")
+    distilled_guidance: float | None = Field(default=None, description="Teacher guidance inside a student")
+    teacher: str | None = Field(default=None, description="Digest of a student's teacher")
     trigger: str | None = Field(default=None, description="Rare token of a personalised checkpoint")
+
+
+def transformer_folder(checkpoint: Path, card: SamplingCard, steps: int) -> Path:
+    """Where the weights for a step count lie: a student may have other weights for other step counts."""
+    own = checkpoint / f"transformer-{steps}"
+    return own if steps != card.steps and own.exists() else checkpoint / "transformer"
+
+
+def check_steps(card: SamplingCard, steps: int, guidance: float) -> None:
+    """Refuse to sample a student as it was not trained."""
+    if not card.distilled:
+        return
+    if card.trained_steps is not None and steps not in card.trained_steps:
+        raise ValueError(
+            f"steps={steps} was not trained: this {card.method} student takes {sorted(card.trained_steps)} steps; "
+            "ask one of them, or distil for more"
+        )
+    if guidance != 1.0:
+        raise ValueError(
+            f"guidance={guidance} on a distilled student would be applied twice; its guidance "
+            f"{card.distilled_guidance} is inside the weights, sample with 1.0"
+        )
 
 
 def write_checkpoint(folder: Path, denoiser: Denoiser, card: SamplingCard) -> None:

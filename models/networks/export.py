@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from models.networks import prx, text_encoder
-from models.networks.checkpoint import SamplingCard, read_card
+from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
+from models.sampling.euler import grid
 
 USAGE = """---
 library_name: diffusers
@@ -20,29 +21,49 @@ pipeline_tag: text-to-image
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("this folder")
-image = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}, use_resolution_binning=False).images[0]
+{seeding}image = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}, use_resolution_binning=False).images[0]
 ```
 
 Pictures are {side}x{side} px. {note}
 """
 
 
-def scheduler_settings(card: SamplingCard) -> dict[str, Any]:
-    """FlowMatchEulerDiscreteScheduler arguments whose grid at card.steps is 1, (N-1)/N, ..., 1/N."""
-    terminal = None if card.steps == 1 else 1.0 / card.steps
+def scheduler_settings(steps: int) -> dict[str, Any]:
+    """Arguments with which a stock flow-matching scheduler's grid at `steps` is 1, (N-1)/N, ..., 1/N."""
+    terminal = None if steps == 1 else 1.0 / steps
     return {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": terminal}
 
 
-def export_pipeline(checkpoint: Path, folder: Path) -> None:
-    """Write transformer, scheduler, text encoder, tokenizer, model_index.json, distill/sampling card and README."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+def scheduler_of(card: SamplingCard, steps: int) -> Any:
+    """The stock scheduler that samples as the checkpoint was trained."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    match card.sampler:
+        case "euler":
+            return FlowMatchEulerDiscreteScheduler(**scheduler_settings(steps))
+        case "renoise":
+            return FlowMatchLCMScheduler(**scheduler_settings(steps))
+
+
+def distill_record(card: SamplingCard, steps: int) -> dict[str, Any]:
+    """distill.json: what the student was trained for, and how the stock pipeline is to be called."""
+    return {
+        "method": card.method, "teacher": card.teacher, "grid": grid(steps)[:-1], "sampler": card.sampler,
+        "guidance": card.distilled_guidance, "steps": steps, "guidance_scale": 1.0, "use_resolution_binning": False,
+    }  # fmt: skip
+
+
+def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) -> None:
+    """Write a complete pipeline for one step count (None: the checkpoint's own), with its cards and README."""
     from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 
     card = read_card(checkpoint)
-    encoder, tokenizer = text_encoder.modules()
+    steps = card.steps if steps is None else steps
+    check_steps(card, steps, card.guidance)
+    encoder, tokenizer = text_encoder.load()
     pipeline = PRXPixelPipeline(
-        transformer=prx.load(checkpoint / "transformer").transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_settings(card)),
+        transformer=prx.load(transformer_folder(checkpoint, card, steps)).transformer,
+        scheduler=scheduler_of(card, steps),
         text_encoder=encoder,
         tokenizer=tokenizer,
         default_sample_size=card.side,
@@ -51,19 +72,28 @@ def export_pipeline(checkpoint: Path, folder: Path) -> None:
     )
     pipeline.save_pretrained(folder)
     prx.forget_paths(folder)
-    (folder / "sampling.json").write_text(card.model_dump_json(indent=2))
+    (folder / "sampling.json").write_text(card.model_copy(update={"steps": steps}).model_dump_json(indent=2))
     if card.distilled:
-        usage = {"steps": card.steps, "guidance_scale": 1.0, "use_resolution_binning": False}
-        (folder / "distill.json").write_text(json.dumps(usage, indent=2))
-    note = (
-        "Distilled: use exactly these steps and no guidance."
-        if card.distilled
-        else "Guidance and steps may be changed."
-    )
+        (folder / "distill.json").write_text(json.dumps(distill_record(card, steps), indent=2))
+    (folder / "README.md").write_text(model_card(checkpoint.name, card, steps))
+
+
+def model_card(title: str, card: SamplingCard, steps: int) -> str:
+    """README.md of an exported folder."""
+    note = "Guidance and steps may be changed."
+    if card.distilled:
+        times = ", ".join(f"{t:g}" for t in grid(steps)[:-1])
+        note = (
+            f"Distilled by {card.method or 'distillation'} for {steps} step(s) at t = {times}: use exactly these and no "
+            f"guidance; the teacher's ({card.distilled_guidance}) is inside the weights."
+        )
+    seeding = ""
+    if card.sampler == "renoise" and steps > 1:
+        seeding = "torch.manual_seed(0)  # diffusers 0.42.1 hands `generator` to the first noise only\n"
+        note += " Fresh noise enters between steps: seed with `torch.manual_seed`, not with `generator`."
     if card.trigger:
         note += f" The subject's token is `{card.trigger}`."
-    example = "a big apple on a blue background"
-    text = USAGE.format(
-        title=checkpoint.name, prompt=example, steps=card.steps, guidance=card.guidance, side=card.side, note=note
-    )
-    (folder / "README.md").write_text(text)
+    return USAGE.format(
+        title=title, prompt="a big apple on a blue background", steps=steps, guidance=card.guidance, side=card.side,
+        note=note, seeding=seeding,
+    )  # fmt: skip

@@ -38,14 +38,20 @@ class Denoiser(nn.Module):
         tokens: torch.Tensor,  # [B, T, D]
         mask: torch.Tensor,  # [B, T] bool
         hidden_layer: int | None = None,
+        condition: torch.Tensor | None = None,  # [B, W]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based)."""
+        """The clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based).
+
+        `condition` is added to the time embedding.
+        """
         net = self.transformer
         b, _, h, w = x_t.shape
         text = net.txt_in((tokens - self.text_mean) / self.text_std)
         image = net.img_in(img2seq(x_t, net.patch_size))
         rotary = net.pe_embedder(get_image_ids(1, h, w, patch_size=net.patch_size, device=x_t.device))
         time = net._compute_timestep_embedding(t, dtype=image.dtype)
+        if condition is not None:
+            time = time + condition
         hidden = None
         for index, block in enumerate(net.blocks):
             image = block(image, encoder_hidden_states=text, temb=time, image_rotary_emb=rotary, attention_mask=mask)

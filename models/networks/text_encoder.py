@@ -30,14 +30,16 @@ def clean(prompt: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
-@functools.lru_cache(maxsize=1)
-def modules() -> tuple[BertModel, AutoTokenizer]:
-    """The encoder and its tokenizer, loaded once."""
+def load() -> tuple[BertModel, AutoTokenizer]:
+    """The encoder and its tokenizer as packaged; a tokenizer that was used would be saved with how it was called last."""
     transformers_logging.set_verbosity_error()  # the unused pooler is not worth a table
     transformers_logging.disable_progress_bar()
     folder = packaged_folder()
     model = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+modules = functools.lru_cache(maxsize=1)(load)  # for use: loaded once
 
 
 @torch.no_grad()

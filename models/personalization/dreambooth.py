@@ -1,19 +1,25 @@
 """DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, eq. 2): a rare token learns a subject, class pictures keep the rest.
 
 loss = L(instance) + prior_weight * L(class), where class pictures are the base model's own pictures of ordinary
-prompts, drawn before any adapter exists. Both halves go through plain flow matching; the weights ride on the batch.
-Left out: prior prediction with the adapter off, pivotal tuning, full fine-tuning.
+prompts, drawn before any adapter exists. L(instance) is plain flow matching; the weights ride on the batch.
+L(class) has two targets. "pictures" is the paper's: the class picture itself; as it was drawn with guidance and is
+sampled with guidance again, the class drifts away from real pictures. "prediction" asks for what the base predicts
+from the same noisy class picture (output preservation): zero for a fresh adapter, so nothing but the subject pulls.
+Left out: pivotal tuning, full fine-tuning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
+from models.networks.prx import Denoiser
+from models.pretraining.config import TimestepConfig
+from models.pretraining.flow_matching import FlowMatching
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,40 @@ class Pictures:
         return len(self.images)
 
 
+class DreamBooth(FlowMatching):
+    """Flow matching of an adapted denoiser; rows of `extra["prior"]` aim at the base's prediction if there is a base."""
+
+    def __init__(self, denoiser: Denoiser, timesteps: TimestepConfig, base: Denoiser | None) -> None:
+        super().__init__(denoiser, timesteps)
+        self.base = None if base is None else base.eval().requires_grad_(False)
+
+    def prepare(self, batch: Batch, rng: Randomness) -> Batch:
+        """Draw t and eps, mix x_t; put the base's x_0 in place of the prior pictures."""
+        batch = super().prepare(batch, rng)
+        prior = batch.extra["prior"]
+        if self.base is None or not prior.any():
+            return batch
+        targets = batch.images.clone()
+        with torch.no_grad():
+            targets[prior], _ = self.base(
+                batch.extra["x_t"][prior], batch.extra["t"][prior], batch.tokens[prior], batch.mask[prior]
+            )
+        return replace(batch, images=targets)
+
+
 def mixed_batches(
     instance: Pictures, prior: Pictures, prior_weight: float, slots: tuple[int, ...], seed: int
 ) -> Callable[[int], Batch]:
     """Even slots show the subject, odd slots the class; with no prior pictures every slot shows the subject.
 
-    Weights make the batch mean equal L(instance) + prior_weight * L(prior).
+    Weights make the batch mean equal L(instance) + prior_weight * L(prior); `extra["prior"]` bool [B] marks the class.
     """
     if not len(instance):
         raise ValueError("no instance pictures; DreamBooth needs at least one picture of the subject")
 
     def batch(step: int) -> Batch:
         draws = Randomness(seed, step, slots).uniform("picture")
-        images, tokens, masks, weights = [], [], [], []
+        images, tokens, masks, weights, of_class = [], [], [], [], []
         for slot, u in zip(slots, draws.tolist(), strict=True):
             own = len(prior) == 0 or slot % 2 == 0
             source = instance if own else prior
@@ -49,6 +76,10 @@ def mixed_batches(
             tokens.append(source.tokens[index])
             masks.append(source.mask[index])
             weights.append(1.0 if len(prior) == 0 else 2.0 if own else 2.0 * prior_weight)
-        return Batch(torch.stack(images), torch.stack(tokens), torch.stack(masks), slots, weight=torch.tensor(weights))
+            of_class.append(not own)
+        return Batch(
+            torch.stack(images), torch.stack(tokens), torch.stack(masks), slots,
+            weight=torch.tensor(weights), extra={"prior": torch.tensor(of_class)},
+        )  # fmt: skip
 
     return batch

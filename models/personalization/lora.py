@@ -46,14 +46,6 @@ def check_targets(module: nn.Module, config: LoraConfig) -> None:
         )
 
 
-def adapter_tensors(denoiser: Denoiser) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by peft name; an error when there are none."""
-    state = {n: p.detach() for n, p in denoiser.transformer.named_parameters() if ".lora_" in n}
-    if not state:
-        raise ValueError("the denoiser has no adapter; call add_lora first")
-    return {name.replace(".default", ""): value.contiguous() for name, value in state.items()}
-
-
 def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str]) -> None:
     """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`."""
     lora_files.save_peft(lora_files.from_module(denoiser.transformer, metadata), folder)

@@ -33,4 +33,8 @@ class DpoConfig(Config):
     beta_per_element: float = Field(
         default=0.5, gt=0, description="beta over the sum of squared errors; beta on the mean is this times 3HW"
     )
-    anchor: float = Field(default=1.0, ge=0, description="Weight of the flow-matching loss on the preferred pictures")
+    anchor: float = Field(
+        default=0.25,
+        ge=0,
+        description="Flow matching on the preferred pictures, over the preference's strongest pull beta/2",
+    )

@@ -3,7 +3,8 @@
 e(x) = ||v(x_t) - (eps - x_0)||^2 with the same eps and t for both pictures of a pair;
 margin m = [e(w) - e_ref(w)] - [e(l) - e_ref(l)]; loss = -log sigmoid(-beta/2 m), ln 2 at the start where m = 0.
 beta multiplies per-sample means here, so the config gives it per element: beta_mean = beta_per_element * 3HW.
-An anchor (flow matching on the preferred picture) keeps the winner's likelihood from falling with the loser's.
+An anchor (flow matching on the preferred picture, weighted in units of beta/2, the largest weight the preference gives
+an error) keeps the winner's likelihood from falling with the loser's, and means the same for any beta and picture size.
 Left out: per-timestep weights, automatic beta.
 """
 
@@ -56,14 +57,14 @@ class DiffusionDpo:
         winner, loser = self._errors(self.denoiser, batch).chunk(2)
         winner_ref, loser_ref = batch.extra["reference"].chunk(2)
         margin = (winner - winner_ref) - (loser - loser_ref)
-        beta = self.config.beta_per_element * batch.images[0].numel()
-        preference = -F.logsigmoid(-beta / 2 * margin)
+        pull = self.config.beta_per_element * batch.images[0].numel() / 2
+        preference = -F.logsigmoid(-pull * margin)
         wins = (margin < 0).float() + 0.5 * (margin == 0).float()
         parts = {
             "dpo": preference.detach().mean(), "implicit_accuracy": wins.mean(),
             "winner_change": (winner - winner_ref).detach().mean(), "loser_change": (loser - loser_ref).detach().mean(),
         }  # fmt: skip
-        return Loss((preference + self.config.anchor * winner).mean(), parts)
+        return Loss((preference + self.config.anchor * pull * winner).mean(), parts)
 
     def after_step(self, step: int) -> None:
         """Nothing to keep."""

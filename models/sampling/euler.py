@@ -25,11 +25,13 @@ def grid(steps: int, k: float = 1.0) -> list[float]:
 
 def guided_x_0(
     denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-    null: tuple[torch.Tensor, torch.Tensor], guidance: float,
+    null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """x_0 [B, 3, H, W] = uncond + guidance * (cond - uncond); `null` is the empty prompt's ([1, T, D], [1, T])."""
+    """x_0 [B, 3, H, W] = uncond + guidance * (cond - uncond), one number or [B]; `null` is the empty prompt's ([1, T, D], [1, T])."""
     x_0: torch.Tensor
-    if guidance == 1.0:
+    if isinstance(guidance, torch.Tensor):
+        guidance = guidance.view(-1, 1, 1, 1)
+    elif guidance == 1.0:
         x_0, _ = denoiser(x_t, t, tokens, mask)
         return x_0
     b, length = len(x_t), max(tokens.shape[1], null[0].shape[1])
@@ -48,7 +50,7 @@ def _lengthened(x: torch.Tensor, length: int) -> torch.Tensor:
 
 def euler_step(
     denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, tokens: torch.Tensor,
-    mask: torch.Tensor, null: tuple[torch.Tensor, torch.Tensor], guidance: float,
+    mask: torch.Tensor, null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """x at t_next [B] from x at t [B]."""
     x_0 = guided_x_0(denoiser, x_t, t, tokens, mask, null, guidance)
@@ -58,7 +60,7 @@ def euler_step(
 @torch.no_grad()
 def integrate(
     denoiser: Denoiser, noise: torch.Tensor, times: Sequence[float], tokens: torch.Tensor, mask: torch.Tensor,
-    null: tuple[torch.Tensor, torch.Tensor], guidance: float,
+    null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """From noise [B, 3, H, W] through all `times` to the picture."""
     x = noise

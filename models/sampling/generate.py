@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from models.networks import prx, text_encoder
-from models.networks.checkpoint import SamplingCard, read_card
+from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
 from models.networks.prx import Denoiser
 from models.pretraining.config import TimestepConfig
 from models.pretraining.timesteps import shift_of
 from models.sampling.euler import grid, integrate
+from models.sampling.few_step import renoise
 
 
 class Generator:
     """A checkpoint ready to draw. A picture depends on its prompt and seed, not on its neighbours in the batch."""
 
-    def __init__(self, denoiser: Denoiser, card: SamplingCard) -> None:
+    def __init__(self, denoiser: Denoiser, card: SamplingCard, others: Mapping[int, Denoiser] | None = None) -> None:
         self.denoiser, self.card = denoiser.eval(), card
+        self.others = {steps: other.eval() for steps, other in (others or {}).items()}  # weights for other step counts
         self._features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def features(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,8 +35,26 @@ class Generator:
         pairs = [self._features[p] for p in prompts]
         return torch.stack([t for t, _ in pairs]), torch.stack([m for _, m in pairs])
 
-    @torch.no_grad()
+    def forget(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts anew when they are asked next (for measuring)."""
+        for prompt in prompts:
+            self._features.pop(prompt, None)
+
     def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 8,
+    ) -> np.ndarray:
+        """uint8 [N, H, W, 3]; sizes, steps and guidance default to the checkpoint's card."""
+        return to_uint8(torch.from_numpy(self.draw(prompts, seeds, width, height, steps, guidance, batch_size)))
+
+    @torch.no_grad()
+    def draw(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -44,7 +64,7 @@ class Generator:
         guidance: float | None = None,
         batch_size: int = 8,  # on a CPU larger ones leave the cache and are a quarter slower
     ) -> np.ndarray:
-        """uint8 [N, H, W, 3]; sizes, steps and guidance default to the checkpoint's card."""
+        """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded."""
         card = self.card
         width, height = width or card.side, height or card.side
         patch = self.denoiser.transformer.config.patch_size
@@ -53,22 +73,24 @@ class Generator:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a picture")
         rule = TimestepConfig(shift=card.shift, base_tokens=card.base_tokens)
-        times = grid(steps or card.steps, shift_of(width * height // patch**2, rule))
+        steps = card.steps if steps is None else steps
+        strength = card.guidance if guidance is None else guidance
+        check_steps(card, steps, strength)
+        times = grid(steps, shift_of(width * height // patch**2, rule))
+        denoiser = self.others.get(steps, self.denoiser)
         null = self.features([""])
         pictures = []
         for start in range(0, len(prompts), batch_size):
             tokens, mask = self.features(prompts[start : start + batch_size])
             used = max(int(mask.sum(1).max()), int(null[1].sum()))  # padding beyond the longest prompt changes nothing
-            noise = torch.stack(
-                [
-                    torch.randn((3, height, width), generator=torch.Generator().manual_seed(seed))
-                    for seed in seeds[start : start + batch_size]
-                ]
-            )
-            cut = (null[0][:, :used], null[1][:, :used])
-            strength = card.guidance if guidance is None else guidance
-            x = integrate(self.denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength)
-            pictures.append(to_uint8(x))
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            noise = torch.stack([torch.randn((3, height, width), generator=generator) for generator in generators])
+            if card.sampler == "renoise":
+                x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
+            else:
+                cut = (null[0][:, :used], null[1][:, :used])
+                x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength)
+            pictures.append(x.numpy())
         return np.concatenate(pictures)
 
 
@@ -79,4 +101,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 def load_generator(checkpoint: Path) -> Generator:
     """The generator of a checkpoint folder."""
-    return Generator(prx.load(checkpoint / "transformer"), read_card(checkpoint))
+    card = read_card(checkpoint)
+    folders = {n: transformer_folder(checkpoint, card, n) for n in card.trained_steps or ()}
+    others = {n: prx.load(folder) for n, folder in folders.items() if folder != checkpoint / "transformer"}
+    return Generator(prx.load(checkpoint / "transformer"), card, others)

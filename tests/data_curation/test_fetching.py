@@ -15,7 +15,7 @@ from PIL import Image
 from data_curation import fetch_process
 from data_curation.config import DownloadConfig, ListSource
 from data_curation.download import PLAN, download, is_whole, keep_plan
-from data_curation.fetch_process import by_turns, fetch_rows, worth_retrying, write_shard
+from data_curation.fetch_process import by_turns, fetch_rows, watchdog, worth_retrying, write_shard
 from data_curation.manifest import KEEP, ROWS_SCHEMA, Row, read_manifest, write_table
 from data_curation.sources import read_source
 from infra.errors import DataRefused
@@ -62,6 +62,17 @@ def test_no_retry_starts_after_the_shard_ends() -> None:
     verdicts = {"u": failed("timeout")}
     assert worth_retrying(verdicts, ["u"], 1.0, DownloadConfig()) == (["u"], 1.0)
     assert worth_retrying({"u": failed("bad_url")}, ["u"], 1.0, DownloadConfig())[0] == []
+
+
+def test_a_hanging_shard_is_ended_with_what_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anew = threading.Event()
+    monkeypatch.setattr(fetch_process.os, "execv", lambda *_: anew.set())
+    collector = FakeCollector()
+    collector.verdicts["http://a.org/1"] = {"decision": KEEP, "reasons": []}
+    rows = [{"row_id": str(i), "url": url} for i, url in enumerate(["http://a.org/1", "http://a.org/2", "nonsense"])]
+    watchdog(0.01, rows, collector, tmp_path / "rows-00000.parquet")  # type: ignore[arg-type]
+    assert anew.wait(20)
+    assert [row["reasons"] for row in read_manifest(tmp_path)] == [[], ["shard_deadline"], ["bad_url"]]
 
 
 def test_hosts_take_turns() -> None:

@@ -114,6 +114,16 @@ def test_every_preset_makes_a_sound_dag(preset):
     assert len(before) == len(specs)
 
 
+def test_distill_all_starts_from_the_demos_own_stages():
+    demo, students = (
+        stage_specs(parse(LifecycleConfig, load_yaml(PRESETS / n), n)) for n in ("demo.yaml", "distill-all.yaml")
+    )
+    ours = {spec.name: (spec.versioned, spec.inputs) for spec in demo}
+    shared = students[: [spec.name for spec in students].index("dpo") + 1]
+    assert len(shared) > 10
+    assert [spec.name for spec in shared if ours.get(spec.name) != (spec.versioned, spec.inputs)] == []
+
+
 def test_the_seed_moves_training_and_leaves_data():
     config = parse(LifecycleConfig, load_yaml(SMOKE), SMOKE)
     pairs = zip(stage_specs(config), stage_specs(config.model_copy(update={"seed": 5})), strict=True)

@@ -93,6 +93,21 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / "evil.yaml")
 
 
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("a: {x: 1, y: [1, 2]}\nb: {z: 1}\nc: 3\n")
+    (tmp_path / "own.yaml").write_text("extends: base.yaml\na: {y: [3]}\nb: null\nd: 4\n")
+    assert load_yaml(tmp_path / "own.yaml", ["a.x=5"]) == {"a": {"x": 5, "y": [3]}, "b": None, "c": 3, "d": 4}
+    (tmp_path / "base.yaml").write_text("extends: own.yaml\n")
+    with pytest.raises(ConfigError, match=r"extends itself \(own.yaml -> base.yaml\)"):
+        load_yaml(tmp_path / "own.yaml")
+    (tmp_path / "base.yaml").write_text("extends: [1]\n")
+    with pytest.raises(ConfigError, match=r"base.yaml: extends is \[1\]; give the name of a YAML file"):
+        load_yaml(tmp_path / "base.yaml")
+    (tmp_path / "base.yaml").write_text("extends: owm.yaml\n")
+    with pytest.raises(ConfigError, match=r"owm.yaml does not exist; did you mean .*own.yaml"):
+        load_yaml(tmp_path / "base.yaml")
+
+
 def test_parse_names_every_mistake_with_its_path_and_suggests() -> None:
     data = {
         "phases": [{"stepz": 1}, {"steps": 0}, {"optimizer": {"name": "muon", "momentun": 1}}],

@@ -19,9 +19,16 @@ from infra.stages import Resources
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One template of Prefect's database for the tests here: only the first server migrates."""
+def templates(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def cache(templates: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One template of Prefect's database for the tests here: only the first server migrates. No server is given."""
+    monkeypatch.setenv("T2I_CACHE", templates)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return templates
 
 
 def _gone(pid: int, seconds: float = 10.0) -> bool:
@@ -69,8 +76,6 @@ def test_a_server_that_cannot_start_says_where_to_look(tmp_path: Path, monkeypat
 def test_prefect_serves_api_and_ui_on_loopback_and_ends(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("T2I_CACHE", cache)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_API_KEY", "a key of some cloud")
     with prefect_server(tmp_path / "home") as url:
         assert os.environ["PREFECT_API_URL"] == url
@@ -98,11 +103,8 @@ def test_prefect_serves_api_and_ui_on_loopback_and_ends(
 
 
 @pytest.mark.prefect
-def test_a_run_leans_on_the_server_of_up_but_not_on_another_run_s(
-    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("T2I_CACHE", cache)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+@pytest.mark.usefixtures("cache")
+def test_a_run_leans_on_the_server_of_up_but_not_on_another_run_s(tmp_path: Path) -> None:
     of_run, of_up = PrefectServer(tmp_path / "one"), PrefectServer(tmp_path / "two", all_services=True)
     try:
         of_run.wait(), of_up.wait()
@@ -118,7 +120,6 @@ def test_a_run_leans_on_the_server_of_up_but_not_on_another_run_s(
 
 @pytest.mark.prefect
 def test_prefect_ends_with_a_killed_parent(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("T2I_CACHE", cache)
     code = (
         "import sys, time; from pathlib import Path; from infra.embedded import PrefectServer\n"
         "server = PrefectServer(Path(sys.argv[1])); print(server.process.pid, flush=True); server.wait()\n"

@@ -44,7 +44,8 @@ def batches() -> Callable[[int], Batch]:
         mask = torch.arange(6) < (2 + rng.uniform("length") * 5).long()[:, None]
         images = rng.uniform("images", (3, 8, 12)) * 2 - 1
         teacher = rng.normal("teacher", (2, 3, 10))
-        extra = {"loser": rng.uniform("loser", (3, 8, 12)) * 2 - 1}
+        prior = torch.tensor([slot % 2 == 1 for slot in slots])
+        extra = {"loser": rng.uniform("loser", (3, 8, 12)) * 2 - 1, "prior": prior}
         return Batch(images, tokens, mask, slots, teacher, extra=extra)
 
     return batch

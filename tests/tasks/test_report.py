@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from tasks.config import ReportConfig
 from tasks.report import report
 from tasks.report_parts import curve
-from tasks.report_tables import cell, funnel_rows
+from tasks.report_tables import cell, comparison_rows, funnel_rows
 
 EVIL = '<script>alert("x")</script>'
 SCORE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
@@ -78,6 +79,34 @@ def test_page_is_inert_self_contained_and_escaped(context: StageContext) -> None
     for part in ("near_duplicate", "http_404", "the kept picture it copies", "missed", "OpenMoji", "CC BY-SA 4.0",
                  "loss 1 → 0.125", "floor 0.500", "grid of pretrain", "2 of 2 planted"):  # fmt: skip
         assert part in page, part
+
+
+def test_comparison_shows_every_row_and_who_passed(context: StageContext, tmp_path: Path) -> None:
+    def line(stage: str, steps: int, right: float) -> dict[str, Any]:
+        return {"stage": stage, "method": None if stage == "teacher" else "dmd", "steps": steps, "network_calls": steps,
+                "prompt_accuracy": SCORE | {"value": right}, "prompt_accuracy_full": SCORE, "kernel_distance": SCORE,
+                "diversity": SCORE, "high_frequency_ratio": 0.5}  # fmt: skip
+
+    rows = {"weak@1": line("weak", 1, 0.2), "good@1": line("good", 1, 0.9), "teacher@1": line("teacher", 1, 0.7)}
+    ratios = {"weak@1": {"basic": 0.2, "full": None}, "good@1": {"basic": 0.9, "full": 1.0},
+              "teacher@1": {"basic": 1.0, "full": 1.0}}  # fmt: skip
+    verdicts = [{"row": "weak@1", "passed": False}, {"row": "good@1", "passed": True}]
+    best = {"1": {"stage": "good", "accuracy": 0.9, "passed": True}}
+    folder = tmp_path / "compare"
+    folder.mkdir()
+    record = {"rows": rows, "verdicts": verdicts, "ratios": ratios, "best": best}
+    (folder / "comparison.json").write_text(json.dumps(record))
+    facts = {"speed_up": {"1": {"good@1": 60.25, "weak@1": None}}}
+    inputs = {**context.inputs, "compare": folder}
+    artifact = Artifact(kind="x", uri="file:///c/key", digest="c", stage="compare", facts=facts)
+    compared = replace(context, inputs=inputs, parents={**context.parents, "compare": artifact})
+    found = comparison_rows(compared)
+    assert [row["stage"] for row in found] == ["teacher", "good", "weak"]
+    assert [row["passed"] for row in found] == [None, True, False]
+    assert [row["best"] for row in found] == [False, True, False]
+    report(ReportConfig(), compared)
+    page = (context.out / "report.html").read_text()
+    assert "Students against their teacher" in page and "60.2x" in page and "given away at 1 step(s)" in page
 
 
 def test_summary_has_scores_funnel_and_truth(context: StageContext) -> None:

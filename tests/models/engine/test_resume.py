@@ -1,20 +1,21 @@
 """Every objective of the repository resumes to the bit, twice in a row."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.distillation.build import Networks, build
 from models.distillation.config import DistillConfig
-from models.distillation.consistency import ConsistencyDistillation
-from models.distillation.progressive import ProgressiveDistillation
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import Trainer, train
 from models.engine.objective import Batch, Objective
 from models.engine.state import load_state
 from models.networks.prx import Denoiser
 from models.personalization.config import LoraConfig
+from models.personalization.dreambooth import DreamBooth
 from models.personalization.lora import add_lora
 from models.posttraining.config import DpoConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
@@ -33,23 +34,37 @@ def flow(tiny: Callable[[int], Denoiser]) -> Objective:
     return FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa)
 
 
-def lora(tiny: Callable[[int], Denoiser]) -> Objective:
+def dreambooth(tiny: Callable[[int], Denoiser]) -> Objective:
     denoiser = tiny(0)
     add_lora(denoiser, LoraConfig(rank=4), 0)
-    return FlowMatching(denoiser, TimestepConfig())
+    return DreamBooth(denoiser, TimestepConfig(), tiny(0))
 
 
 def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
     return DiffusionDpo(tiny(0), tiny(0), DpoConfig())
 
 
-def consistency(tiny: Callable[[int], Denoiser]) -> Objective:
-    return ConsistencyDistillation(tiny(0), tiny(0), NULL, DistillConfig(teacher_steps=4))
+def student(method: dict, **settings: int) -> Callable[[Callable[[int], Denoiser]], Objective]:
+    def make(tiny: Callable[[int], Denoiser]) -> Objective:
+        config = DistillConfig.model_validate({"method": method, "train": CONFIG.model_dump(), **settings})
+        return build(config, Networks(tiny(0), tiny(3), tiny(3), NULL)).objective
+
+    return make
 
 
-def progressive(tiny: Callable[[int], Denoiser]) -> Objective:
-    config = DistillConfig(method="progressive", student_steps=2, teacher_steps=4)
-    return ProgressiveDistillation(tiny(0), tiny(0), NULL, config)
+STUDENTS = {
+    "progressive": student({"kind": "progressive", "teacher_steps": 8}),  # killed inside the second and third halving
+    "instaflow": student({"kind": "instaflow", "reflow_share": 0.5, "perceptual_share": 0.3}),
+    "consistency": student({"kind": "consistency", "teacher_steps": 4}),
+    "lcm": student({"kind": "consistency", "guidance_range": [1.0, 3.0]}),
+    "lcm-lora": student({"kind": "consistency", "lora": {"rank": 4}, "target_decay": 0.0}),
+    "scm": student({"kind": "scm"}),
+    "dmd": student({"kind": "dmd", "fake_steps": 2, "gan_weight": 0.05}, student_steps=4),  # killed between two moves
+    "dmd1": student({"kind": "dmd", "fake_steps": 3, "regression_weight": 0.2}),
+    "add": student({"kind": "add"}),
+    "ladd": student({"kind": "add", "features": "teacher"}, student_steps=2),
+    "meanflow": student({"kind": "meanflow"}),
+}
 
 
 class KilledError(Exception):
@@ -65,22 +80,29 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("make", [flow, lora, dpo, consistency, progressive])
+@pytest.mark.parametrize(
+    "make", [flow, dreambooth, dpo, *STUDENTS.values()], ids=["flow", "dreambooth", "dpo", *STUDENTS]
+)
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
-    straight = train(make(tiny), batches, CONFIG, tmp_path / "straight")
+    def with_noise(step: int) -> Batch:
+        batch = batches(step)
+        noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(step))
+        return replace(batch, extra={**batch.extra, "noise": noise})
+
+    straight = train(make(tiny), with_noise, CONFIG, tmp_path / "straight")
 
     def dying_at(limit: int) -> Callable[[int], Batch]:
         def batch(step: int) -> Batch:
             if step == limit:
                 raise KilledError
-            return batches(step)
+            return with_noise(step)
 
         return batch
 
     for limit in (3, 7):
         with pytest.raises(KilledError):
             train(make(tiny), dying_at(limit), CONFIG, tmp_path / "broken")
-    resumed = train(make(tiny), batches, CONFIG, tmp_path / "broken")
+    resumed = train(make(tiny), with_noise, CONFIG, tmp_path / "broken")
 
     expected, got = everything(straight), everything(resumed)
     assert expected.keys() == got.keys()

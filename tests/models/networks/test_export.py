@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from infra.artifacts import folder_digest
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.config import PrxConfig
 from models.networks.export import export_pipeline
-from models.sampling.generate import load_generator
+from models.sampling.generate import Generator, load_generator
 
 PROMPTS = ["a big apple on a blue background", "three cats, one below two others, on a plain green background"]
 
@@ -32,20 +33,25 @@ pipe.set_progress_bar_config(disable=True)
 seen = []
 record = lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0]))
 pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
-steps, guidance = json.loads(sys.argv[2])
+steps, guidance, renoise = json.loads(sys.argv[2])
 images = []
 for seed, prompt in enumerate(json.loads(sys.argv[5])):  # diffusers 0.42.1 cannot guide more than one prompt at a time
     seen.clear()
+    torch.manual_seed(seed)  # noise between the steps comes from here, and the first noise too where no generator is given
+    generator = None if renoise else torch.Generator().manual_seed(seed)
     images.append(pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-                       generator=torch.Generator().manual_seed(seed), use_resolution_binning=False).images[0])
+                       generator=generator, use_resolution_binning=False).images[0])
 np.save(sys.argv[3], (np.stack(images) * 255).round().astype(np.uint8))
 print(json.dumps(seen))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "guidance"), [(8, 2.0), (4, 1.0), (1, 1.0)])
-def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "guidance", "sampler"),
+    [(8, 2.0, "euler"), (4, 1.0, "euler"), (1, 1.0, "euler"), (4, 1.0, "renoise"), (2, 1.0, "renoise")],
+)
+def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: float, sampler: str) -> None:
     config = PrxConfig(hidden_size=64, depth=2, num_heads=2, prompt_max_tokens=32)
     generator = torch.Generator().manual_seed(0)
     denoiser = prx.build(config, torch.randn(384, generator=generator), 0.5 + torch.rand(384, generator=generator), 0)
@@ -53,17 +59,32 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
         for parameter in denoiser.parameters():
             if not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    card = SamplingCard(steps=steps, guidance=guidance, prompt_max_tokens=32, distilled=guidance == 1.0)
+    distilled = guidance == 1.0
+    card = SamplingCard(
+        steps=1 if distilled else steps, guidance=guidance, prompt_max_tokens=32, distilled=distilled, sampler=sampler,
+        trained_steps=(1, steps) if distilled else None, method="dmd" if distilled else None, teacher="abc",
+        distilled_guidance=2.0 if distilled else None,
+    )  # fmt: skip
     write_checkpoint(tmp_path / "checkpoint", denoiser, card)
-    export_pipeline(tmp_path / "checkpoint", tmp_path / "export")
-    ours = load_generator(tmp_path / "checkpoint").sample(PROMPTS, [0, 1])
+    if steps == 4:  # other weights for this number of steps
+        with torch.no_grad():
+            denoiser.transformer.time_in.out_layer.bias.add_(0.3)
+        prx.save(denoiser, tmp_path / "checkpoint" / "transformer-4")
+    export_pipeline(tmp_path / "checkpoint", tmp_path / "export", steps)
+    ours = load_generator(tmp_path / "checkpoint").sample(PROMPTS, [0, 1], steps=steps)
+    if distilled:
+        record = json.loads((tmp_path / "export" / "distill.json").read_text())
+        assert record["grid"] == pytest.approx([1 - i / steps for i in range(steps)])
+        told = {name: record[name] for name in ("steps", "sampler", "guidance", "guidance_scale", "teacher", "method")}
+        assert told == {"steps": steps, "sampler": sampler, "guidance": 2.0, "guidance_scale": 1.0, "teacher": "abc",
+                        "method": "dmd"}  # fmt: skip
 
     script = tmp_path / "stranger.py"
     script.write_text(STRANGER)
     repository = str(Path(__file__).resolve().parents[3])
     arguments = [
         tmp_path / "export",
-        json.dumps([steps, guidance]),
+        json.dumps([steps, guidance, sampler == "renoise"]),
         tmp_path / "out.npy",
         repository,
         json.dumps(PROMPTS),
@@ -78,6 +99,20 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
     assert theirs.shape == ours.shape
     assert ours.std() > 10
     assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
+
+
+def test_a_student_is_not_sampled_as_it_was_not_trained(tiny, tmp_path: Path) -> None:
+    card = SamplingCard(
+        steps=1, guidance=1.0, distilled=True, trained_steps=(1, 2), method="dmd", distilled_guidance=2.0
+    )
+    generator = Generator(tiny(0), card)
+    with pytest.raises(ValueError, match=r"steps=3 was not trained: this dmd student takes \[1, 2\] steps"):
+        generator.sample(["a"], [0], steps=3)
+    with pytest.raises(ValueError, match=r"guidance=2\.0 on a distilled student would be applied twice"):
+        generator.sample(["a"], [0], guidance=2.0)
+    write_checkpoint(tmp_path, tiny(0), card)
+    with pytest.raises(ValueError, match="steps=8 was not trained"):
+        export_pipeline(tmp_path, tmp_path / "out", 8)
 
 
 def test_saved_denoiser_predicts_the_same_with_and_without_standardisation(tiny, batches, tmp_path: Path) -> None:
@@ -117,3 +152,14 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_prompts_are_cleaned_as_the_pipeline_cleans_them() -> None:
     assert text_encoder.clean("  a caf\u00c3\u00a9 &amp;amp; tea ") == "a caf\u00e9 & tea"
+
+
+def test_an_export_does_not_know_what_its_process_did_before(tmp_path: Path) -> None:
+    denoiser = prx.build(PrxConfig(hidden_size=32, depth=1, num_heads=2), torch.zeros(384), torch.ones(384), 0)
+    write_checkpoint(tmp_path / "checkpoint", denoiser, SamplingCard())
+    digests = []
+    for max_tokens in (8, 16):  # a tokenizer keeps how it was called last, and would be written so
+        text_encoder.encode(PROMPTS, max_tokens)
+        export_pipeline(tmp_path / "checkpoint", tmp_path / str(max_tokens))
+        digests.append(folder_digest(tmp_path / str(max_tokens))[0])
+    assert digests[0] == digests[1]

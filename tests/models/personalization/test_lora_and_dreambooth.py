@@ -6,9 +6,10 @@ from safetensors import safe_open
 
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
+from models.engine.randomness import Randomness
 from models.personalization.config import LoraConfig
-from models.personalization.dreambooth import Pictures, mixed_batches
-from models.personalization.lora import adapter_tensors, add_lora, load_adapter, merge, save_adapter
+from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
+from models.personalization.lora import add_lora, load_adapter, merge, save_adapter
 from models.pretraining.config import TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
 
@@ -61,12 +62,12 @@ def test_saved_adapter_loads_strictly(tiny, batches, tmp_path) -> None:
 def test_training_moves_the_adapter_and_not_the_base(tiny, batches, tmp_path) -> None:
     adapted, base = tiny(0), tiny(0)
     add_lora(adapted, CONFIG, 0)
-    before = {k: v.clone() for k, v in adapter_tensors(adapted).items()}
+    before = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_" in n}
     config = TrainConfig(
         steps=3, batch_size=4, log_every=1, checkpoint_every=3, optimizer=OptimizerConfig(muon_lr=None)
     )
     train(FlowMatching(adapted, TimestepConfig()), batches, config, tmp_path)
-    assert any(not torch.equal(before[k], v) for k, v in adapter_tensors(adapted).items())
+    assert any(not torch.equal(before[n], p) for n, p in adapted.named_parameters() if n in before)
     frozen = {n.replace(".base_layer", ""): p for n, p in adapted.named_parameters() if ".lora_" not in n}
     assert all(torch.equal(p, frozen[n]) for n, p in base.named_parameters())
 
@@ -86,6 +87,33 @@ def test_batch_mean_is_instance_loss_plus_weighted_prior_loss() -> None:
     alone = mixed_batches(pictures(3, 1.0), pictures(0, 0.0), 1.0, slots, 0)(0)
     assert alone.weight is not None
     assert alone.weight.tolist() == [1.0] * 8
+
+
+def class_gradient(objective: DreamBooth, batch) -> float:
+    """Norm of the adapter's gradient when only class pictures count."""
+    prepared = objective.prepare(batch, Randomness(0, 0, batch.slots))
+    loss = objective.loss("denoiser", prepared).total
+    loss.backward()
+    named = dict(objective.denoiser.named_parameters())
+    norm = sum(float(p.grad.square().sum()) for n, p in named.items() if ".lora_" in n and p.grad is not None) ** 0.5
+    objective.denoiser.zero_grad()
+    return norm
+
+
+def test_prediction_prior_pulls_nothing_until_the_adapter_has_moved_the_class(tiny) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prior = Pictures(torch.rand(4, 3, 8, 8, generator=generator) * 2 - 1,
+                     torch.randn(4, 2, 16, generator=generator), torch.ones(4, 2).bool())  # fmt: skip
+    batch = mixed_batches(prior, prior, 1.0, (0, 1, 2, 3), 0)(0)
+    batch.weight = batch.extra["prior"].float()  # the subject's half does not count
+    adapted = tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    prediction = DreamBooth(adapted, TimestepConfig(), tiny(0))
+    paper = DreamBooth(adapted, TimestepConfig(), None)
+    assert class_gradient(prediction, batch) < 1e-6
+    assert class_gradient(paper, batch) > 1e-3
+    shake(adapted)
+    assert class_gradient(prediction, batch) > 1e-3
 
 
 def test_no_pictures_of_the_subject_is_an_error() -> None:

@@ -58,3 +58,13 @@ def test_one_step_prefers_the_winner_and_leaves_the_reference_alone(tiny, batche
     parts = objective.loss("denoiser", batch).parts
     assert parts["winner_change"] < parts["loser_change"]
     assert all(torch.equal(before[k], v) for k, v in objective.reference.state_dict().items())
+
+
+def test_anchor_is_flow_matching_on_the_winner_in_units_of_half_beta(tiny, batches) -> None:
+    config = DpoConfig(beta_per_element=0.2, anchor=0.5)
+    objective, plain = (DiffusionDpo(tiny(0), tiny(0), config.model_copy(update={"anchor": a})) for a in (0.5, 0.0))
+    batch = prepared(objective, batches)
+    winner = objective._errors(objective.denoiser, batch).chunk(2)[0].mean()
+    half_beta = 0.2 * batch.images[0].numel() / 2
+    added = objective.loss("denoiser", batch).total - plain.loss("denoiser", batch).total
+    torch.testing.assert_close(added, 0.5 * half_beta * winner)
