@@ -35,7 +35,7 @@ TRAITS: dict[str, Traits] = {
     "read_list": Traits("source", version=2),
     "read_folder": Traits("source", version=2),
     "download": Traits("manifest", version=3),
-    "deduplicate": Traits("manifest"),
+    "deduplicate": Traits("manifest", version=2),
     "filter_quality": Traits("manifest"),
     "assign_buckets": Traits("manifest"),
     "encode": Traits("training-set"),
