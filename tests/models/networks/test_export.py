@@ -13,7 +13,7 @@ from infra.artifacts import folder_digest
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.config import PrxConfig
-from models.networks.export import export_pipeline
+from models.networks.export import export_pipeline, scheduler_of
 from models.sampling.generate import Generator, load_generator
 
 PROMPTS = ["a big apple on a blue background", "three cats, one below two others, on a plain green background"]
@@ -163,3 +163,26 @@ def test_an_export_does_not_know_what_its_process_did_before(tmp_path: Path) -> 
         export_pipeline(tmp_path / "checkpoint", tmp_path / str(max_tokens))
         digests.append(folder_digest(tmp_path / str(max_tokens))[0])
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [(1, "euler"), (2, "renoise"), (4, "euler"), (4, "renoise")])
+def test_the_stock_sd3_pipeline_sees_the_trained_times_too(steps: int, sampler: str) -> None:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+    nothing = dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    card = SamplingCard(steps=steps, guidance=1.0, distilled=True, sampler=sampler)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler_of(card, steps), **nothing)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[float] = []
+    transformer.register_forward_pre_hook(lambda _, __, kw: seen.append(float(kw["timestep"][0])), with_kwargs=True)
+    pipe(
+        prompt_embeds=torch.zeros(1, 3, 16), pooled_prompt_embeds=torch.zeros(1, 16), height=64, width=64,
+        num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
+    )  # fmt: skip
+    assert seen == pytest.approx([1000 * (1 - i / steps) for i in range(steps)], abs=1e-3)
