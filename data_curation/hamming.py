@@ -44,7 +44,8 @@ class Band:
 
     def cost(self, n: int) -> float:
         """Expected seconds among n uniform hashes."""
-        return self.num_masks * (n * PROBE_SECONDS + n * n / 2 / 2**self.width * CANDIDATE_SECONDS)
+        candidates = n * n / 2 / float(1 << self.width)
+        return self.num_masks * (n * PROBE_SECONDS + candidates * CANDIDATE_SECONDS)
 
 
 def near_pairs(hashes: NDArray[np.uint8], max_distance: int) -> Pairs:
@@ -138,12 +139,13 @@ def _keys(band: Band, words: NDArray[np.uint64]) -> NDArray[np.int64]:
     keys = words[word] >> np.uint64(offset)
     if offset + band.width > 64:
         keys = keys | words[word + 1] << np.uint64(64 - offset)
-    return (keys & np.uint64((1 << band.width) - 1)).astype(np.int64)
+    kept: Indices = (keys & np.uint64((1 << band.width) - 1)).astype(np.int64)
+    return kept
 
 
 def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint16]:
     """Bits in which [words, n] hashes differ."""
-    total = np.bitwise_count(a[0] ^ b[0]).astype(np.uint16)
+    total: NDArray[np.uint16] = np.bitwise_count(a[0] ^ b[0]).astype(np.uint16)
     for left, right in zip(a[1:], b[1:], strict=True):
         total += np.bitwise_count(left ^ right)
     return total
