@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 WIDEST = 24  # bits of a band: its table of 2^24 starts has 64 MiB
 PAIR_SECONDS, CANDIDATE_SECONDS, PROBE_SECONDS = 3e-9, 2e-8, 2e-8  # measured on one core; they only choose the way
-CHUNK_PAIRS = 2_000_000
+CHUNK_PAIRS, FEW_ROWS = 1 << 17, 1 << 11  # pairs whose arrays stay in the cache; rows too few for a pass of their own
 
 Indices = NDArray[np.int64]
 Pairs = tuple[Indices, Indices, Indices]  # i, j (i < j), distance
@@ -96,19 +96,18 @@ def banded_pairs(hashes: NDArray[np.uint8], max_distance: int, bands: tuple[Band
 
 def _pairs_of(band: Band, words: NDArray[np.uint64], max_distance: int) -> Iterator[Pairs]:
     """Pairs of distinct hashes that one band finds; of the two orders of a pair only one is looked at."""
-    keys = _keys(band, words)
-    order = np.argsort(keys, kind="stable")
-    keys, words = keys[order], words[:, order]  # neighbours in the band lie together in memory
+    keys, order = _sorted_keys(band, words)
+    words = words[:, order]  # neighbours in the band lie together in memory
     starts = np.zeros((1 << band.width) + 1, np.int32)
     np.cumsum(np.bincount(keys, minlength=1 << band.width), out=starts[1:])
     for mask in band.masks():
         if mask:
             first = np.flatnonzero(keys & (1 << mask.bit_length() - 1) == 0)
             others = keys[first] ^ mask
-            low, high = starts[others], starts[others + 1]
+            low, high = starts[others].astype(np.int64), starts[others + 1].astype(np.int64)
         else:
             first = np.arange(len(keys))
-            low, high = first + 1, starts[keys + 1]
+            low, high = first + 1, starts[keys + 1].astype(np.int64)
         for i, j in _candidates(first, low, high):
             distance = _distances(words[:, i], words[:, j])
             near = np.flatnonzero(distance <= max_distance)
@@ -118,29 +117,46 @@ def _pairs_of(band: Band, words: NDArray[np.uint64], max_distance: int) -> Itera
 
 
 def _candidates(first: Indices, low: Indices, high: Indices) -> Iterator[tuple[Indices, Indices]]:
-    """Pairs (first[k], low[k] to high[k]), in chunks of bounded size."""
-    some = np.flatnonzero(high > low)
-    first, low, counts = first[some], low[some], (high[some] - low[some]).astype(np.int64)
+    """Pairs (first[k], low[k] to high[k]), in chunks of bounded size: column by column while there are many rows."""
+    for start in range(0, len(first), CHUNK_PAIRS):
+        part = slice(start, start + CHUNK_PAIRS)
+        i, j, end = first[part], low[part], high[part]
+        while True:
+            left = np.flatnonzero(j < end)
+            if len(left) < len(i):
+                i, j, end = i[left], j[left], end[left]
+            if len(i) < FEW_ROWS:
+                yield from _rows_of_pairs(i, j, end)
+                break
+            yield i, j
+            j = j + 1
+
+
+def _rows_of_pairs(first: Indices, low: Indices, high: Indices) -> Iterator[tuple[Indices, Indices]]:
+    """The same, row by row, for few rows that may be long: hot buckets."""
+    counts = high - low
     before = np.concatenate([[0], np.cumsum(counts)])
     start = 0
     while start < len(first):
         stop = max(start + 1, int(np.searchsorted(before, before[start] + CHUNK_PAIRS, "right")) - 1)
         part = counts[start:stop]
-        i = np.repeat(first[start:stop], part)
-        j = np.arange(before[stop] - before[start]) + np.repeat(
-            low[start:stop] - (before[start:stop] - before[start]), part
+        places = np.arange(before[stop] - before[start])
+        yield (
+            np.repeat(first[start:stop], part),
+            places + np.repeat(low[start:stop] - (before[start:stop] - before[start]), part),
         )
-        yield i, j
         start = stop
 
 
-def _keys(band: Band, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+def _sorted_keys(band: Band, words: NDArray[np.uint64]) -> tuple[Indices, Indices]:
+    """Keys of a band in order, and whose they are; numpy sorts key and place in one word ten times as fast as places."""
     word, offset = divmod(band.start, 64)
     keys = words[word] >> np.uint64(offset)
     if offset + band.width > 64:
         keys = keys | words[word + 1] << np.uint64(64 - offset)
-    kept: Indices = (keys & np.uint64((1 << band.width) - 1)).astype(np.int64)
-    return kept
+    keys = keys & np.uint64((1 << band.width) - 1)
+    both = np.sort(keys << np.uint64(32) | np.arange(words.shape[1], dtype=np.uint64))
+    return (both >> np.uint64(32)).astype(np.int64), (both & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint16]:
@@ -159,7 +175,7 @@ def _words(hashes: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 def _distinct(words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], list[Indices]]:
     """Each different hash once, and per different hash [start..] where it stands: (order, starts)."""
-    order = np.lexsort(words)
+    order = np.argsort(words[0]) if len(words) == 1 else np.lexsort(words)
     ordered = words[:, order]
     new = np.ones(words.shape[1], bool)
     new[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
