@@ -38,16 +38,23 @@ def batch_of(step: int) -> Batch:
     )  # fmt: skip
 
 
-def main() -> dict[str, Any]:
-    """Alternate whole steps with bare ones."""
-    torch.set_num_threads(1)
+def demo_trainer(folder: Path) -> Trainer:
+    """Flow matching with REPA of the demo's network, from random weights."""
     network = PrxConfig(depth=4)
     denoiser = prx.build(network, torch.zeros(384), torch.ones(384), seed=0)
     repa = Repa(RepaConfig(layer=1, until=1.0), Projector(network.hidden_size, 192, 40, 0), steps=10_000)
     objective = FlowMatching(denoiser, TimestepConfig(), repa)
+    return Trainer(objective, TrainConfig(steps=10_000, batch_size=BATCH), folder)
+
+
+def main() -> dict[str, Any]:
+    """Alternate whole steps with bare ones."""
+    torch.set_num_threads(1)
     whole, bare = [], []
     with TemporaryDirectory() as folder:
-        trainer = Trainer(objective, TrainConfig(steps=10_000, batch_size=BATCH), Path(folder))
+        trainer = demo_trainer(Path(folder))
+        objective = trainer.objective
+        denoiser = trainer.players["denoiser"]["denoiser"]  # type: ignore[index]
         for step in range(ROUNDS):
             began = time.perf_counter()
             batch = batch_of(step)

@@ -25,25 +25,29 @@ class DemoWebConfig(Config):
     seed: int = Field(default=0, ge=0, description="Seed of the whole web.")
 
 
-def fingerprint(path: Path) -> str | None:
-    """Digest of a file's bytes, or of a folder's names, sizes and times; None where there is nothing."""
-    path = path.expanduser()
-    if path.is_file():
-        with path.open("rb") as file:
+def fingerprint(path: str) -> str | None:
+    """Digest of a file's bytes, of a folder's names, sizes and times, or of an S3 object's tag; None: nothing there."""
+    if path.startswith("s3://"):
+        from data_curation.remote import tag_of
+
+        return tag_of(path)
+    place = Path(path).expanduser()
+    if place.is_file():
+        with place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
+    if not place.is_dir():
         return None
     digest = hashlib.sha256()
-    for item in sorted(path.rglob("*")):
+    for item in sorted(place.rglob("*")):
         if item.is_file():
-            digest.update(f"{item.relative_to(path)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
+            digest.update(f"{item.relative_to(place)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 class OwnData(Config):
     """Data at a path; its fingerprint is part of the stage key, so changed data is read again."""
 
-    path: Path = Field(description="Where the data lies.")
+    path: str = Field(min_length=1, description="Where the data lies.")
     fingerprint: str | None = Field(
         default=None, description="Digest of what lies at the path; None: taken when the configuration is read."
     )
@@ -51,31 +55,40 @@ class OwnData(Config):
     @model_validator(mode="before")
     @classmethod
     def _take_fingerprint(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("fingerprint") is None and isinstance(data.get("path"), str | Path):
-            return data | {"fingerprint": fingerprint(Path(data["path"]))}
-        return data
+        if not isinstance(data, dict) or not isinstance(data.get("path"), str | Path):
+            return data
+        data = data | {"path": str(data["path"])}
+        return data if data.get("fingerprint") else data | {"fingerprint": fingerprint(data["path"])}
 
 
 class ListSource(OwnData):
     """A list of picture URLs of your own."""
 
     kind: Literal["list"] = Field(default="list", description="Read a URL list.")
-    path: Path = Field(description="Parquet, CSV, JSONL or text file (one URL a line).")
+    path: str = Field(
+        description="Parquet, CSV, TSV, JSONL or text file (one URL a line), local or s3://; may end in .gz."
+    )
     url_column: str = Field(default="url", description="Column with the URL.")
     caption_column: str | None = Field(default="caption", description="Column with the caption; None: no captions.")
     long_caption_column: str | None = Field(default=None, description="Column with a longer caption, if there is one.")
     licence_column: str | None = Field(default=None, description="Column with the licence, if there is one.")
+    metadata_columns: tuple[str, ...] = Field(default=(), description="Columns that captions may be composed from.")
     domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
     limit: int | None = Field(default=None, ge=1, description="Read at most this many rows; None: all.")
 
 
 class FolderSource(OwnData):
-    """A folder of pictures, each with an optional caption in a .txt file of the same name."""
+    """Pictures that lie on this machine: a folder of files, WebDataset tars, or Parquet files with pictures in them."""
 
-    kind: Literal["folder"] = Field(default="folder", description="Read a folder of pictures.")
-    path: Path = Field(description="Folder, searched recursively.")
+    kind: Literal["folder"] = Field(default="folder", description="Read pictures from files.")
+    path: str = Field(description="Folder, searched recursively, or one .tar or .parquet file.")
+    layout: Literal["auto", "pairs", "imagefolder", "webdataset", "parquet"] = Field(
+        default="auto",
+        description="pairs: pictures beside .txt or .json captions; imagefolder: metadata.csv/.jsonl/.parquet with file_name;"
+        " webdataset: tars; parquet: a column of pictures; auto: what is found.",
+    )
     domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
-    caption_from_name: bool = Field(default=True, description="Without a .txt file, use the file name as caption.")
+    caption_from_name: bool = Field(default=True, description="Without a caption, use the file name as caption.")
 
 
 Source = Annotated[DemoWebConfig | ListSource | FolderSource, Field(discriminator="kind")]
@@ -202,5 +215,5 @@ class DataConfig(Config):
         """A bare path is a folder of pictures or a URL list."""
         if not isinstance(value, str):
             return value
-        path = Path(value).expanduser()
-        return {"kind": "folder" if path.is_dir() else "list", "path": path}
+        is_pictures = Path(value).expanduser().is_dir() or value.endswith(".tar")
+        return {"kind": "folder" if is_pictures else "list", "path": value}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_curation.config import DedupConfig
 from data_curation.decode import open_picture
 from data_curation.hamming import near_pairs
+from data_curation.hashing import VERSION, phash
 from data_curation.manifest import KEEP, Row, drop, funnel, pictures, read_manifest, shards, write_manifest
 from data_curation.registration import MAX_LOG_ASPECT, register, thumbnail
 
@@ -47,7 +48,11 @@ def deduplicate(config: DedupConfig, ctx: StageContext) -> dict[str, Any]:
     copies = confirmed([row["row_id"] for row in kept], thumbnails, i, j, distance, config)
     drop_covered(kept, i[copies], j[copies], distance[copies])
     write_manifest(rows, ctx.out)
-    return funnel(rows, len(rows)) | {"pairs_nominated": nominated, "pairs_confirmed": int(copies.sum())}
+    return funnel(rows, len(rows)) | {
+        "hash": f"{VERSION}, {config.hash_size**2} bits",
+        "pairs_nominated": nominated,
+        "pairs_confirmed": int(copies.sum()),
+    }
 
 
 def drop_exact(rows: list[Row]) -> None:
@@ -75,13 +80,8 @@ def drop_covered(rows: list[Row], i: Indices, j: Indices, distance: Indices) -> 
 
 def hash_shard(item: tuple[Path, set[str], int]) -> list[tuple[str, NDArray[np.uint8]]]:
     """(row_id, packed phash) of a shard's wanted pictures."""
-    import imagehash
-
     shard, wanted, hash_size = item
-    return [
-        (row_id, np.packbits(imagehash.phash(open_picture(data), hash_size=hash_size).hash.ravel()))
-        for row_id, data in pictures(shard, wanted)
-    ]
+    return [(row_id, phash(data, hash_size)) for row_id, data in pictures(shard, wanted)]
 
 
 def thumbnail_shard(item: tuple[Path, set[str]]) -> list[tuple[str, NDArray[np.uint8]]]:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from data_curation.config import DownloadConfig
 from data_curation.demo_web import HOST
+from data_curation.local_pictures import BODIES, judge_shard
 from data_curation.manifest import ROWS_SCHEMA, funnel, read_manifest
 from data_curation.web_server import serve
 from infra.config import digest_of, versioned
@@ -58,7 +59,10 @@ def download(config: DownloadConfig, ctx: StageContext) -> dict[str, Any]:
     missing = [(start, path) for start, path in targets if not is_whole(path, min(config.shard_rows, num_rows - start))]
     if missing:
         with told_progress([path for _, path in targets], ctx):
-            _fetch(missing, config, ctx)
+            if (source / BODIES).exists():
+                ctx.fan_out(judge_shard, [(source, start, path, config) for start, path in missing])
+            else:
+                _fetch(missing, config, ctx)
     for _, path in targets:
         shutil.copyfile(path, ctx.out / path.name)
     facts = funnel(read_manifest(ctx.out), num_rows)

@@ -16,7 +16,7 @@ KEEP, DROP, ERROR = "keep", "drop", "error"
 MANIFEST = "manifest.parquet"
 SOURCE_SCHEMA = pa.schema([
     ("row_id", pa.string()), ("url", pa.string()), ("caption_short", pa.string()), ("caption_long", pa.string()),
-    ("licence", pa.string()), ("domain", pa.string()), ("ordinal", pa.int64()),
+    ("licence", pa.string()), ("domain", pa.string()), ("ordinal", pa.int64()), ("metadata", pa.string()),
 ])  # fmt: skip
 ROWS_SCHEMA = pa.schema([
     *SOURCE_SCHEMA, ("image", pa.binary()), ("sha256_raw", pa.string()), ("sha256_stored", pa.string()),

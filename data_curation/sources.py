@@ -1,97 +1,137 @@
-"""Sources of one's own: a URL list (Parquet, CSV, JSONL, text) or a folder of pictures with optional .txt captions."""
+"""Sources of one's own: URL lists, and pictures on this machine; both become urls.parquet, pictures also bodies/.
+
+The same pictures and captions give the same rows by any route, but for where they came from (url, row_id).
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from data_curation.config import FolderSource, ListSource, fingerprint
-from data_curation.demo_web import HOST
+from data_curation.demo_web import row_id
+from data_curation.layouts import look
+from data_curation.local_pictures import BODIES
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
+from data_curation.picture_files import Sample, samples
+from data_curation.remote import copy_of
+from data_curation.url_lists import read_list
 from infra.errors import ConfigError, DataRefused
 
 if TYPE_CHECKING:
     from infra.stages import StageContext
 
-TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp", ".avif": "image/avif"}
-WEB_SCHEMA = pa.schema(
-    [("path", pa.string()), ("body", pa.binary()), ("status", pa.int32()), ("content_type", pa.string())]
-)
+log = logging.getLogger(__name__)
+BODY_SCHEMA = pa.schema([("row_id", pa.string()), ("body", pa.binary())])
+PART_BYTES, PART_ROWS = 64_000_000, 1_000  # of one file of bodies
+LONGEST_TEXT = 4_000  # characters of a metadata value; the rest is cut
 
 
 def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[str, Any]:
-    """Write urls.parquet; for a folder also web.parquet, whose pictures go the same way as downloaded ones."""
-    if not config.path.expanduser().exists():
+    """Write urls.parquet, for pictures also their bodies, which go the same way as downloaded ones."""
+    local = not config.path.startswith("s3://")
+    if local and not Path(config.path).expanduser().exists():
         raise ConfigError(f"data.source.path={config.path} does not exist; give a URL list or a folder of pictures")
-    if config.fingerprint not in (None, fingerprint(config.path)):
+    if local and config.fingerprint not in (None, fingerprint(config.path)):
         raise DataRefused(f"source {config.path} changed since the run was planned; start a new run to plan with it")
-    rows = _list_rows(config) if isinstance(config, ListSource) else _folder_rows(config, ctx.out)
+    if isinstance(config, FolderSource):
+        return _read_pictures(config, ctx)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(config.path).expanduser() if local else copy_of(config.path, Path(folder), config.fingerprint)
+        rows = _list_rows(config, path)
     if not rows:
-        raise DataRefused(f"source {config.path} has no pictures or URLs; supported files: {', '.join(sorted(TYPES))}")
+        raise DataRefused(f"source {config.path} has no pictures or URLs: the list is empty; give one with a URL a row")
     write_table(rows, SOURCE_SCHEMA, ctx.out / "urls.parquet")
     return {"received": len(rows)}
 
 
-def _row(ordinal: int, url: str, short: str, long: str, licence: str, domain: str) -> Row:
-    row_id = hashlib.sha256(f"{ordinal}\n{url}".encode()).hexdigest()[:32]
-    return {
-        "row_id": row_id, "url": url, "caption_short": short, "caption_long": long or short,
-        "licence": licence, "domain": domain, "ordinal": ordinal,
-    }  # fmt: skip
+# --- lists ---
 
 
-def _list_rows(config: ListSource) -> list[Row]:
-    path = config.path.expanduser()
-    try:
-        table = _read_table(path, config.url_column)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataRefused(f"source {path} cannot be read: {error}; repair it or give another list") from error
+def _list_rows(config: ListSource, path: Path) -> list[Row]:
+    table = read_list(path, config.url_column)
     if config.url_column not in table.column_names:
         raise ConfigError(
-            f"source {path} has no column {config.url_column!r}, only {table.column_names}; set url_column"
+            f"source {config.path} has no column {config.url_column!r}, only {table.column_names}; set url_column"
         )
+    named = [config.caption_column, config.long_caption_column, config.licence_column, *config.metadata_columns]
+    for name in {config.url_column, *filter(None, named)} & set(table.column_names):
+        if pa.types.is_nested(table.schema.field(name).type) or pa.types.is_binary(table.schema.field(name).type):
+            raise DataRefused(
+                f"source {config.path}: column {name!r} is {table.schema.field(name).type}, text is needed; convert it"
+            )
+    table = table if config.limit is None else table.slice(0, config.limit)
 
     def column(name: str | None) -> list[str]:
         known = name is not None and name in table.column_names
-        return [str(v or "") for v in table[name].to_pylist()] if known else [""] * len(table)
+        return [_text(v) for v in table[name].to_pylist()] if known else [""] * len(table)
 
     urls, short = column(config.url_column), column(config.caption_column)
     long, licence = column(config.long_caption_column), column(config.licence_column)
-    number = len(urls) if config.limit is None else min(config.limit, len(urls))
-    return [_row(i, urls[i], short[i], long[i], licence[i], config.domain) for i in range(number)]
+    extra = {name: column(name) for name in config.metadata_columns if name in table.column_names}
+    return [
+        _row(
+            i, urls[i], short[i], long[i], licence[i], config.domain, {name: texts[i] for name, texts in extra.items()}
+        )
+        for i in range(len(urls))
+    ]
 
 
-def _read_table(path: Path, url_column: str) -> pa.Table:
-    match path.suffix.lower():
-        case ".parquet":
-            return pq.read_table(path)
-        case ".csv":
-            return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-        case ".jsonl" | ".json":
-            return pyarrow.json.read_json(path)
-        case ".txt":
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-            return pa.table({url_column: pa.array([line for line in lines if line], pa.string())})
-        case other:
-            raise ConfigError(f"source {path} ends with {other!r}; give .parquet, .csv, .jsonl or .txt")
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
-def _folder_rows(config: FolderSource, out: Path) -> list[Row]:
-    folder = config.path.expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in TYPES and path.is_file())
-    rows, web = [], []
-    for ordinal, path in enumerate(files):
-        name = f"/{ordinal:06d}{path.suffix.lower()}"
-        text = path.with_suffix(".txt")
-        spoken = path.stem.replace("_", " ").replace("-", " ") if config.caption_from_name else ""
-        caption = text.read_text().strip() if text.exists() else spoken
-        rows.append(_row(ordinal, f"http://{HOST}{name}", caption, "", "", config.domain))
-        web.append({"path": name, "body": path.read_bytes(), "status": 200, "content_type": TYPES[path.suffix.lower()]})
-    write_table(web, WEB_SCHEMA, out / "web.parquet")
-    return rows
+def _row(
+    ordinal: int, url: str, short: str, long: str, licence: str, domain: str, metadata: dict[str, str]
+) -> Row:  # fmt: skip
+    told = {name: text[:LONGEST_TEXT] for name, text in metadata.items() if text}
+    return {
+        "row_id": row_id(url, ordinal), "url": url, "caption_short": short, "caption_long": long or short,
+        "licence": licence, "domain": domain, "ordinal": ordinal,
+        "metadata": json.dumps(told, sort_keys=True, ensure_ascii=False) if told else None,
+    }  # fmt: skip
+
+
+# --- pictures ---
+
+
+def _read_pictures(config: FolderSource, ctx: StageContext) -> dict[str, Any]:
+    found = look(config.path)
+    layout = config.layout if config.layout != "auto" else found.settings.get("layout")
+    if layout is None:
+        raise DataRefused(
+            f"source {config.path} is no folder of pictures but this: {found.says}; set data.source.kind=list"
+        )
+    log.info("source: %s, read as %s", found.says, layout)
+    (ctx.out / BODIES).mkdir()
+    rows: list[Row] = []
+    parts = _parts(samples(Path(config.path).expanduser(), layout), config, rows)
+    for number, part in enumerate(parts):
+        write_table(part, BODY_SCHEMA, ctx.out / BODIES / f"part-{number:05d}.parquet")
+    if not rows:
+        raise DataRefused(f"source {config.path}, read as {layout}, has no pictures; see what `t2i init` says about it")
+    write_table(rows, SOURCE_SCHEMA, ctx.out / "urls.parquet")
+    return {"received": len(rows), "layout": layout, "without_caption": sum(not row["caption_short"] for row in rows)}
+
+
+def _parts(found: Iterator[Sample], config: FolderSource, rows: list[Row]) -> Iterator[list[Row]]:
+    """Bodies in files of bounded size; appends every sample's row to `rows`."""
+    part: list[Row] = []
+    num_bytes = 0
+    for sample in found:
+        spoken = sample.name.replace("_", " ").replace("-", " ") if config.caption_from_name else ""
+        short = sample.caption or spoken
+        rows.append(_row(len(rows), sample.url, short, sample.long, sample.licence, config.domain, sample.metadata))
+        part.append({"row_id": rows[-1]["row_id"], "body": sample.body})
+        num_bytes += len(sample.body or b"")
+        if num_bytes >= PART_BYTES or len(part) >= PART_ROWS:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part

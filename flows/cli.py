@@ -151,18 +151,12 @@ def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root 
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="New folder")]) -> None:
-    """Write a preset to start from."""
-    from flows.config import LifecycleConfig
+def init(folder: Annotated[str, typer.Argument(help="Pictures, tars or a URL list of yours; or a new folder")], out: Annotated[Path | None, typer.Option(help="Where to write the preset [default: NAME.yaml here; in a new folder, lifecycle.yaml]")] = None) -> None:  # fmt: skip
+    """Look at your data, say what it is, and write a preset that reads it."""
+    from flows.starting import new_preset
 
-    target = folder / "lifecycle.yaml"
-    if target.exists():
-        raise ConfigError(f"{target} is there already; choose another folder or edit that file")
-    import yaml
-
-    folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(yaml.safe_dump(LifecycleConfig(name="mine").model_dump(mode="json"), sort_keys=False))
-    _print(f"wrote {target}; next: t2i plan {target}")
+    target, said = new_preset(folder, out)
+    _print(f"{said}\nwrote {target}; next: t2i plan {target}")
 
 
 def _config(preset: Path, changes: list[str] | None, root: str | None) -> LifecycleConfig:

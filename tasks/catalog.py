@@ -31,11 +31,11 @@ class Traits:
 Catalog: TypeAlias = Callable[[str], StageFunction]
 
 TRAITS: dict[str, Traits] = {
-    "publish_demo_web": Traits("source"),
-    "read_list": Traits("source"),
-    "read_folder": Traits("source"),
-    "download": Traits("manifest", version=2),
-    "deduplicate": Traits("manifest"),
+    "publish_demo_web": Traits("source", version=2),
+    "read_list": Traits("source", version=2),
+    "read_folder": Traits("source", version=2),
+    "download": Traits("manifest", version=3),
+    "deduplicate": Traits("manifest", version=2),
     "filter_quality": Traits("manifest"),
     "assign_buckets": Traits("manifest"),
     "encode": Traits("training-set"),

@@ -43,9 +43,11 @@ def test_a_folder_becomes_rows_with_their_captions(tmp_path: Path) -> None:
     (pictures / "other.txt").write_text("a told caption\n")
     facts = read_source(FolderSource(path=pictures), context(tmp_path))
     rows = pq.read_table(tmp_path / "out" / "urls.parquet").to_pylist()
-    assert facts == {"received": 2}
+    assert facts == {"received": 2, "layout": "pairs", "without_caption": 0}
     assert [row["caption_short"] for row in rows] == ["a told caption", "red ball"]
-    assert len(pq.read_table(tmp_path / "out" / "web.parquet")["body"][0].as_py()) > 50
+    bodies = pq.read_table(tmp_path / "out" / "bodies" / "part-00000.parquet")
+    assert bodies["row_id"].to_pylist() == [row["row_id"] for row in rows]
+    assert bodies["body"][0].as_py() == (pictures / "other.png").read_bytes()
 
 
 def test_a_url_list_is_read_and_bad_ones_are_refused(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_init_writes_a_preset_that_parses(tmp_path):
     assert t2i("init", tmp_path / "new").returncode == 2
 
 
+def test_init_says_what_the_data_are_and_reads_them(tmp_path):
+    data = tmp_path / "my pictures"
+    data.mkdir()
+    done = t2i("init", data, "--out", tmp_path / "x.yaml")
+    assert (done.returncode, (tmp_path / "x.yaml").exists()) == (0, True)  # an empty folder: a plain preset
+    (data / "a.doc").write_text("x")
+    refused = t2i("init", data, "--out", tmp_path / "y.yaml")
+    assert refused.returncode == 3
+    assert "Looked for: pictures" in refused.stderr
+    (data / "list.csv").write_text("URL,TEXT\nhttp://a.org/x.png,a\n")
+    done = t2i("init", data, "--out", tmp_path / "y.yaml")
+    assert "a URL list, URLs in 'URL', captions in 'TEXT'" in done.stdout
+    source = parse(LifecycleConfig, yaml.safe_load((tmp_path / "y.yaml").read_text()), "it").data.source
+    assert (source.kind, source.url_column, source.caption_column) == ("list", "URL", "TEXT")
+    assert t2i("init", data, "--out", data / "z.yaml").returncode == 2
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_makes_a_sound_dag(preset):
     specs = stage_specs(parse(LifecycleConfig, load_yaml(preset), str(preset)))
