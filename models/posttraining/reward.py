@@ -70,14 +70,27 @@ def score(rewards: Sequence[Weighted], pictures: torch.Tensor, asked: Batch) -> 
     return torch.stack(values)
 
 
-def measured(card: RewardCard, values: torch.Tensor) -> RewardCard:
-    """The card with the mean and spread of these rewards [B]."""
-    sigma = float(values.double().std())
-    if not sigma > 0:
-        raise ValueError(
-            f"reward {card.name!r} is {float(values[0]):g} for all {len(values)} pictures; it ranks nothing"
-        )
-    return replace(card, mean=float(values.double().mean()), sigma=sigma)
+@dataclass(frozen=True)
+class Measured:
+    """A reward whose card knows the mean and the spread of a base model's pictures."""
+
+    reward: Reward
+    card: RewardCard
+
+    @classmethod
+    def on(cls, reward: Reward, pictures: torch.Tensor, asked: Batch) -> Measured:
+        """Measure it on these pictures [B, 3, H, W]."""
+        values = reward(pictures, asked).double()
+        mean, sigma = float(values.mean()), float(values.std())
+        if not sigma > 0:
+            raise ValueError(
+                f"reward {reward.card.name!r} is {mean:g} for all {len(values)} pictures; take one that tells them apart"
+            )
+        return cls(reward, replace(reward.card, mean=mean, sigma=sigma))
+
+    def __call__(self, pictures: torch.Tensor, asked: Batch) -> torch.Tensor:
+        """The reward itself."""
+        return self.reward(pictures, asked)
 
 
 class JudgeReward:
