@@ -125,7 +125,7 @@ class Guard:
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
-        self.looks = [Look(int(r[0]), *r[1:6], tuple(r[6:])) for r in tensors["looks"].tolist()]
+        self.looks = [Look(int(r[0]), r[1], r[2], r[3], r[4], r[5], tuple(r[6:])) for r in tensors["looks"].tolist()]
         self.best_step, self.bad, ended = tensors["counters"].tolist()
         self.ended = bool(ended)
         self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}

@@ -106,7 +106,8 @@ class RewardModel:
     def __call__(self, pictures: torch.Tensor, asked: Batch) -> torch.Tensor:
         """Normalised scores [B]."""
         raw = self.scorer(image_features(self.encoder, pictures), text_vector(asked.tokens, asked.mask))
-        return ((raw - self.mean) / self.sigma).clamp(self.card.low, self.card.high)
+        scores: torch.Tensor = (raw - self.mean) / self.sigma
+        return scores.clamp(self.card.low, self.card.high)
 
     def save(self, folder: Path) -> None:
         """Write reward.safetensors and reward.json."""
