@@ -101,6 +101,9 @@ class GroupedConfig(OnlineConfig):
     """Training on groups of pictures of one prompt."""
 
     group: int = Field(default=8, ge=2, description="Pictures per prompt; advantages are relative to the group's mean")
+    unit: Literal["group", "batch"] = Field(
+        default="batch", description="Unit of an advantage: the group's own deviation, or that pooled over the batch"
+    )
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GroupedConfig:

@@ -62,7 +62,7 @@ class DiffusionNft:
         x_0 = self.sampling.follow(self.old, noise, times, batch).clamp(-1, 1)
         rewards = score(self.rewards, x_0, batch)
         weights = [term.weight for term in self.rewards]
-        advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots)
+        advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots, self.config.unit)
         tokens = shape[1] * shape[2] // self.sampling.patch_size**2
         t = draw_times(rng, tokens, self.config.timesteps)
         x_t = noised(x_0, rng.normal("eps", shape), t)

@@ -5,8 +5,7 @@ rest follow the ODE (MixGRPO arXiv:2507.21802, Flow-GRPO-Fast); only the window 
 (advantages.py) and ratio rho = exp(log p - log p_old), both per element:
     loss = mean over window and samples of max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl KL(policy || reference).
 The policy is the guided sampler, so guidance is inside rollouts and training; gradient goes through both of its
-branches. With one update per batch rho is 1 and the clip is idle: that is normal. Left out: the batch's deviation
-instead of the group's, GRPO-Guard's recentred ratio.
+branches. With one update per batch rho is 1 and the clip is idle: that is normal. Left out: GRPO-Guard's recentred ratio.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class FlowGrpo:
             log_probs.append(log_prob(x, mean, std))
         rewards = score(self.rewards, x.clamp(-1, 1), batch)
         weights = [term.weight for term in self.rewards]
-        advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots)
+        advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots, self.config.unit)
         extra = {
             "states": torch.stack(states), "results": torch.stack(results), "log_probs": torch.stack(log_probs),
             "window": torch.tensor(list(window)), "rewards": rewards, "advantage": advantage, "idle": idle,

@@ -170,6 +170,16 @@ def test_advantages_ignore_offset_and_scale_and_idle_groups() -> None:
         group_advantages(rewards, 5)
 
 
+def test_pooled_unit_lets_a_nearly_tied_group_teach_little() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.50, 0.51, 0.50, 0.51, 2.0, 2.0, 2.0, float("nan")]])
+    own, _ = group_advantages(rewards, 4)
+    pooled, taught = group_advantages(rewards, 4, "batch")
+    assert taught.tolist() == [[True, True, False]]
+    assert own[0, 4:8].abs().min() > 0.9
+    torch.testing.assert_close(pooled[0, 4:8] / pooled[0, :4], torch.full((4,), 0.01), atol=1e-4, rtol=0)
+    assert not pooled[0, 8:].any()
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of group"):
         config(group=3)
