@@ -9,11 +9,15 @@ import torch
 
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import Trainer
+from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.posttraining.advantages import group_advantages
+from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
 from models.posttraining.flow_grpo import FlowGrpo, surrogate
-from models.posttraining.reward import Sharpness, Weighted
+from models.posttraining.reward import RewardCard, Sharpness, Weighted
+from models.posttraining.rollout import Sampling
+from models.posttraining.sde import log_prob
+from models.pretraining.config import TimestepConfig
 
 TRAIN = TrainConfig(steps=4, batch_size=8, log_every=1, checkpoint_every=1, optimizer=OptimizerConfig(warmup_steps=0))
 
@@ -68,8 +72,6 @@ def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brig
             if parameter.grad is not None:
                 parameter -= 1e-3 * parameter.grad
     times = sampling.times(4, batch.images)
-    from models.posttraining.sde import log_prob
-
     gained = torch.zeros(8)
     with torch.no_grad():
         for k, i in enumerate(batch.extra["window"].tolist()):
@@ -78,27 +80,42 @@ def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brig
     assert (gained * batch.extra["advantage"]).sum() > 0
 
 
-def test_gradient_is_that_of_the_expected_reward(tiny, sampling, brightness, grouped) -> None:
-    """Score-function gradient at ratio 1 equals the finite difference of sum A log p along the gradient itself."""
-    objective = grpo(tiny, sampling, brightness, clip_range=10.0)
-    batch = prepared(objective, grouped)
-    flat = gradient(objective, batch)
-    step = 1e-3 / float(flat.norm())
+class Linear(torch.nn.Module):
+    """x_0 = theta + x_t / 2: with two steps the picture is theta + x_s / 2."""
 
-    def moved(sign: float) -> float:
-        net = copy.deepcopy(objective.policy)
-        offset, parameters = 0, [p for p in net.parameters() if p.grad is not None or p.requires_grad]
-        for ours, p in zip(objective.policy.parameters(), parameters, strict=True):
-            if ours.grad is not None:
-                p.data += sign * step * flat[offset : offset + p.numel()].view_as(p)
-                offset += p.numel()
-        kept, objective.policy = objective.policy, net
-        loss = float(objective.loss("policy", batch).total.detach().double())
-        objective.policy = kept
-        return loss
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros(3, 2, 2))
 
-    slope = (moved(1.0) - moved(-1.0)) / (2 * step)
-    assert slope == pytest.approx(float(flat.square().sum()), rel=0.05)
+    def forward(self, x_t, t, tokens, mask):
+        return self.theta + x_t / 2, None
+
+
+class Tilt:
+    """w . picture for a fixed w."""
+
+    card = RewardCard("tilt", -12.0, 12.0, "trained")
+    w = torch.linspace(-1, 1, 12).view(3, 2, 2)
+
+    def __call__(self, pictures, asked):
+        return (pictures * self.w).sum((1, 2, 3))
+
+
+def test_gradient_is_that_of_the_expected_reward() -> None:
+    """One stochastic step 1 -> 1/2 (mean (1-s) x_0, deviation 1/2) of a linear policy: dE[R]/dtheta = w / 2 (1-s) = w / 4."""
+    count = 8192
+    train = {**TRAIN.model_dump(), "batch_size": count}
+    made = config(train=train, group=count, steps=2, window=1, same_noise=True)
+    null = (torch.zeros(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
+    sampling = Sampling(null, 1.0, TimestepConfig(shift="none"), patch_size=1)
+    objective = FlowGrpo(Linear(), None, [Weighted(Tilt())], sampling, made)
+    asked = Batch(torch.zeros(count, 3, 2, 2), torch.zeros(count, 1, 4), torch.ones(count, 1, dtype=torch.bool),
+                  tuple(range(count)))  # fmt: skip
+    batch = objective.prepare(asked, Randomness(0, 0, asked.slots))
+    objective.loss("policy", batch).total.backward()
+    deviation = 0.5 * 0.5 * Tilt.w.norm()  # of the reward: half of x_s, whose deviation is 1/2
+    expected = -Tilt.w / 4 / deviation / 12  # advantages in deviations, log-probabilities per element
+    assert (objective.policy.theta.grad - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +221,6 @@ dist.destroy_process_group()
 
 def test_two_workers_have_the_advantages_of_one(tmp_path) -> None:
     """Twelve samples in groups of four, six a worker: the middle group lies on both."""
-    from models.posttraining.advantages import weighted_advantages
-
     rewards = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
     expected, _ = weighted_advantages(rewards, [1.0, 0.5], 4, tuple(range(12)))
     file = str(tmp_path / "meet")
