@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.prx import Denoiser
-from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig
+from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo
 from models.posttraining.guards import Guard, Watched
@@ -41,7 +41,7 @@ MEASURED_ON = 64  # pictures of the start that give a reward its sigma
 
 def grpo(config: GrpoConfig, ctx: StageContext) -> dict[str, Any]:
     """Flow-GRPO of `init`."""
-    start = Start.of(config, ctx, config.train)
+    start = Start.of(config, ctx)
     reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
     objective = FlowGrpo(start.denoiser, reference, start.rewards, start.sampling, config)
     batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
@@ -50,7 +50,7 @@ def grpo(config: GrpoConfig, ctx: StageContext) -> dict[str, Any]:
 
 def nft(config: NftConfig, ctx: StageContext) -> dict[str, Any]:
     """DiffusionNFT of `init`."""
-    start = Start.of(config, ctx, config.train)
+    start = Start.of(config, ctx)
     reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
     objective = DiffusionNft(start.denoiser, reference, start.rewards, start.sampling, config)
     batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
@@ -59,7 +59,7 @@ def nft(config: NftConfig, ctx: StageContext) -> dict[str, Any]:
 
 def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
     """ReFL of `init`, with flow matching on the training set's pictures."""
-    start = Start.of(config, ctx, config.train)
+    start = Start.of(config, ctx)
     objective = Refl(start.denoiser, Composite(start.rewards), start.sampling, config)
     asked = prompt_batches(start.prompts, config.prompts.side, config.train, 1)
     real = start.data.batches(config.select, config.train.batch_size, config.train.seed, teacher=False)
@@ -136,21 +136,21 @@ class Start:
     guard: Callable[[str], Guard] | None
 
     @classmethod
-    def of(cls, config: OnlineConfig, ctx: StageContext, train: TrainConfig) -> Start:
+    def of(cls, config: OnlineConfig, ctx: StageContext) -> Start:
         """Open the inputs; every reward is measured on pictures of the start."""
         refuse_distilled(ctx.inputs["init"], ctx.name)
         data, card = TrainingData(ctx.inputs["data"]), read_card(ctx.inputs["init"])
         denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
         sampling = sampling_of(card, data, denoiser)
         watched = 0 if config.guard is None else config.guard.prompts
-        scenes = published(config.prompts.count + watched, train.seed)
+        scenes = published(config.prompts.count + watched, config.train.seed)
         prompts = Prompts.of(scenes, config.prompts.count, card.prompt_max_tokens)
         judge = Judge.load(ctx.inputs["judge"])
         first = torch.arange(min(MEASURED_ON, prompts.trained))
         asked = prompts.batch(first, first.tolist(), config.prompts.side)
-        pictures = drawn(denoiser, asked, sampling, card.steps, train.seed)
+        pictures = drawn(denoiser, asked, sampling, card.steps, config.train.seed)
         rewards = tuple(
-            Weighted(Measured.on(reward_of(term.kind, judge, prompts, ctx), pictures, asked), term.weight)
+            Weighted(Measured.on(reward_of(term, judge, prompts, ctx), pictures, asked), term.weight)
             for term in config.rewards
         )
         guard = None
@@ -175,15 +175,17 @@ def drawn(net: Denoiser, asked: Batch, sampling: Sampling, steps: int, seed: int
     return sampling.follow(net, noise, sampling.times(steps, noise), asked).clamp(-1, 1)
 
 
-def reward_of(kind: str, judge: Judge, prompts: Prompts, ctx: StageContext) -> Reward:
+def reward_of(term: RewardTerm, judge: Judge, prompts: Prompts, ctx: StageContext) -> Reward:
     """The reward of one term."""
-    match kind:
+    match term.kind:
         case "judge":
             return JudgeReward(judge, prompts.scenes)
         case "model":
             return RewardModel.load(ctx.inputs["reward"])
-        case _:
+        case "sharpness":
             return Sharpness()
+        case _:
+            assert_never(term.kind)
 
 
 def guard_of(
