@@ -11,19 +11,50 @@ from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
 from models.personalization.config import DreamBoothConfig
-from models.posttraining.config import DpoConfig, PairsConfig
+from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
 from models.pretraining.config import FlowMatchingConfig
 from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
 
 
 class PosttrainConfig(Config):
-    """What follows pre-training, in this order; a stage that is null is left out."""
+    """What follows pre-training: SFT, then branches that all start from it; a stage that is null is left out."""
 
     sft: FlowMatchingConfig | None = Field(
         default=FlowMatchingConfig(name="sft", repa=None), description="Supervised fine-tuning on long prompts"
     )
     pairs: PairsConfig = Field(default=PairsConfig(), description="Preference pairs of the model's own pictures")
+    reward_model: RewardModelConfig | None = Field(default=None, description="Reward model trained on those pairs")
+    grpo: GrpoConfig | None = Field(default=None, description="Flow-GRPO")
+    nft: NftConfig | None = Field(default=None, description="DiffusionNFT")
+    refl: ReflConfig | None = Field(default=None, description="ReFL")
     dpo: DpoConfig | None = Field(default=DpoConfig(), description="Diffusion-DPO on those pairs")
+    hands_on: str | None = Field(
+        default=None, description="Branch that later stages start from; null: the last of grpo, nft, refl, dpo"
+    )
+
+    @property
+    def online(self) -> tuple[GrpoConfig | NftConfig | ReflConfig, ...]:
+        """The branches that learn from their own pictures."""
+        return tuple(stage for stage in (self.grpo, self.nft, self.refl) if stage is not None)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of all branches, in the order in which they run."""
+        return (*(stage.name for stage in self.online), *(() if self.dpo is None else (self.dpo.name,)))
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether a stage reads preference pairs."""
+        return self.dpo is not None or self.reward_model is not None
+
+    @model_validator(mode="after")
+    def _branches_fit(self) -> PosttrainConfig:
+        if self.hands_on is not None and self.hands_on not in self.branches:
+            raise ValueError(f"hands_on={self.hands_on!r} is no branch; choose one of {list(self.branches)} or null")
+        for stage in self.online:
+            if self.reward_model is None and any(term.kind == "model" for term in stage.rewards):
+                raise ValueError(f"stage {stage.name!r} trains on the reward model; set posttrain.reward_model")
+        return self
 
 
 class RunConfig(Config):
@@ -69,13 +100,17 @@ class LifecycleConfig(Config):
     @property
     def chain(self) -> tuple[str, ...]:
         """Names of the stages that hand the model on, first to last."""
-        post = (self.posttrain.sft, self.posttrain.dpo)
-        return (*(stage.name for stage in self.pretrain), *(stage.name for stage in post if stage is not None))
+        post = self.posttrain
+        chosen = post.hands_on or (post.branches[-1] if post.branches else None)
+        names = (None if post.sft is None else post.sft.name, chosen)
+        return (*(stage.name for stage in self.pretrain), *(name for name in names if name is not None))
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """Names of every stage that makes a checkpoint."""
-        return (*self.chain, *(stage.name for stage in self.personalize), *(stage.name for stage in self.distill))
+        post = () if self.posttrain.sft is None else (self.posttrain.sft.name,)
+        subjects, students = (stage.name for stage in self.personalize), (stage.name for stage in self.distill)
+        return (*(stage.name for stage in self.pretrain), *post, *self.posttrain.branches, *subjects, *students)
 
     @model_validator(mode="after")
     def _names_fit(self) -> LifecycleConfig:
@@ -92,10 +127,9 @@ class LifecycleConfig(Config):
                 )
         for field in ("personalize_from", "distill_from"):
             start = getattr(self, field)
-            if start is not None and start not in self.chain:
-                raise ValueError(
-                    f"{field}={start!r} is no stage of pre- or post-training; choose one of {list(self.chain)}"
-                )
+            known = [*dict.fromkeys([*self.chain, *self.posttrain.branches])]
+            if start is not None and start not in known:
+                raise ValueError(f"{field}={start!r} is no stage of pre- or post-training; choose one of {known}")
         return self
 
     def _distillation_fits(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 from data_curation.config import DataConfig
-from flows.config import LifecycleConfig
+from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
 from infra.stages import StageSpec
+from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
 
 C = TypeVar("C", bound=Config)
@@ -50,17 +51,43 @@ def pretraining(config: LifecycleConfig) -> list[StageSpec]:
 
 
 def posttraining(config: LifecycleConfig) -> list[StageSpec]:
-    """Supervised fine-tuning, then preference pairs of its pictures, then DPO on them."""
+    """Supervised fine-tuning, then branches from it: preference pairs of its pictures and DPO, and the online methods."""
     post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
     specs = []
     if post.sft is not None:
         specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
         last = post.sft.name
+    start, pairs = {"init": last, "data": "encode"}, post.pairs.name
+    if post.needs_pairs:
+        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
+    if post.reward_model is not None:
+        specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
+    for stage in post.online:
+        specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **rewards(stage, post)))
     if post.dpo is not None:
-        pairs = post.pairs.name
-        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), init=last, judge="judge", data="encode"))
-        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), init=last, pairs=pairs, data="encode"))
+        guard = {} if post.dpo.guard is None else {"judge": "judge"}
+        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start, **guard))
     return specs
+
+
+def online_function(stage: GrpoConfig | NftConfig | ReflConfig) -> str:
+    """The stage function of an online method."""
+    match stage:
+        case GrpoConfig():
+            return "grpo"
+        case NftConfig():
+            return "nft"
+        case ReflConfig():
+            return "refl"
+        case _:
+            assert_never(stage)
+
+
+def rewards(stage: GrpoConfig | NftConfig | ReflConfig, post: PosttrainConfig) -> dict[str, str]:
+    """Role -> stage of what rewards a branch: the judge always (its shape part watches), the reward model if it is asked."""
+    if post.reward_model is None or all(term.kind != "model" for term in stage.rewards):
+        return {"judge": "judge"}
+    return {"judge": "judge", "reward": post.reward_model.name}
 
 
 def personalization(config: LifecycleConfig) -> list[StageSpec]:
@@ -100,7 +127,9 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= student_exports(config)
     exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
-    shown = {name: name for name in others} | ({"pairs": config.posttrain.pairs.name} if config.posttrain.dpo else {})
+    shown = {name: name for name in others} | (
+        {"pairs": config.posttrain.pairs.name} if config.posttrain.needs_pairs else {}
+    )
     if "compare" in exports:
         shown["compare"] = "compare"
     return [

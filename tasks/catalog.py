@@ -43,6 +43,10 @@ TRAITS: dict[str, Traits] = {
     "flow_matching": Traits("checkpoint", runs="train"),
     "make_pairs": Traits("pairs", version=2),
     "dpo": Traits("checkpoint", runs="train", version=2),
+    "reward_model": Traits("reward"),
+    "grpo": Traits("checkpoint", runs="train"),
+    "nft": Traits("checkpoint", runs="train"),
+    "refl": Traits("checkpoint", runs="train"),
     "dreambooth": Traits("checkpoint", runs="train", version=3),
     "teacher_pairs": Traits("pairs"),
     "distill": Traits("checkpoint", runs="train", version=2),
@@ -85,8 +89,10 @@ def stage_function(name: str) -> StageFunction:
             | "encode"
         ):
             return _curation(name)
-        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "teacher_pairs" | "distill":
+        case "flow_matching" | "dreambooth" | "teacher_pairs" | "distill":
             return _training(name)
+        case "make_pairs" | "dpo" | "reward_model" | "grpo" | "nft" | "refl":
+            return _preference(name)
         case "train_judge" | "compare" | "evaluate" | "export" | "report" | "promote":
             return _proof(name)
         case _:
@@ -134,16 +140,6 @@ def _training(name: str) -> StageFunction:
             from tasks.training import flow_matching
 
             return StageFunction(FlowMatchingConfig, flow_matching)
-        case "make_pairs":
-            from models.posttraining.config import PairsConfig
-            from tasks.preference import make_pairs
-
-            return StageFunction(PairsConfig, make_pairs)
-        case "dpo":
-            from models.posttraining.config import DpoConfig
-            from tasks.preference import dpo
-
-            return StageFunction(DpoConfig, dpo)
         case "dreambooth":
             from models.personalization.config import DreamBoothConfig
             from tasks.personalize import dreambooth
@@ -159,6 +155,36 @@ def _training(name: str) -> StageFunction:
             from tasks.distill import distill
 
             return StageFunction(DistillConfig, distill)
+
+
+def _preference(name: str) -> StageFunction:
+    from models.posttraining import config
+
+    match name:
+        case "make_pairs":
+            from tasks.preference import make_pairs
+
+            return StageFunction(config.PairsConfig, make_pairs)
+        case "dpo":
+            from tasks.preference import dpo
+
+            return StageFunction(config.DpoConfig, dpo)
+        case "reward_model":
+            from tasks.reward_model import reward_model
+
+            return StageFunction(config.RewardModelConfig, reward_model)
+        case "grpo":
+            from tasks.online import grpo
+
+            return StageFunction(config.GrpoConfig, grpo)
+        case "nft":
+            from tasks.online import nft
+
+            return StageFunction(config.NftConfig, nft)
+        case _:
+            from tasks.online import refl
+
+            return StageFunction(config.ReflConfig, refl)
 
 
 def _proof(name: str) -> StageFunction:

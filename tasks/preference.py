@@ -24,10 +24,12 @@ from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import read_card
 from models.networks.prx import Denoiser
-from models.posttraining.config import DpoConfig, PairsConfig
+from models.posttraining.config import DpoConfig, GuardConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
-from models.posttraining.reward import judge_reward
+from models.posttraining.guards import Guard
+from models.posttraining.reward import JudgeReward, judge_reward
 from models.sampling.generate import load_generator
+from tasks.online import Prompts, guard_of, published, sampling_of, written
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
@@ -89,7 +91,18 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     def model_of(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser)
 
-    return run_training(objective, pair_batches(config, ctx), config.train, ctx, model_of, card, fixed_prompts(data))
+    guard = None if config.guard is None else guard_of_pairs(config.guard, config.train.seed, ctx, data, denoiser)
+    batches, prompts = pair_batches(config, ctx), fixed_prompts(data)
+    return run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard) | written(guard, ctx)
+
+
+def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: TrainingData, denoiser: Denoiser) -> Guard:
+    """The guard on published prompts of which there is no pair."""
+    card, judge = read_card(ctx.inputs["init"]), Judge.load(ctx.inputs["judge"])
+    paired = set(pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["scene"].to_pylist())
+    prompts = Prompts.of(published(config.prompts, seed, paired), 0, card.prompt_max_tokens)
+    sampling, trained = sampling_of(card, data, denoiser), JudgeReward(judge, prompts.scenes)
+    return guard_of(config, denoiser, card, sampling, judge, prompts, trained, "denoiser")
 
 
 def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]:

@@ -17,6 +17,7 @@ from tasks.report_tables import (
     funnel_rows,
     funnel_summary,
     grid_rows,
+    guard_rows,
     layout_rows,
     lineage_rows,
     score_rows,
@@ -64,7 +65,8 @@ def render(
     )  # fmt: skip
     text: str = environment.get_template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
-        by_layout=by_layout, comparison=comparison_rows(ctx), gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
+        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained),
+        gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
         curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),
         refused=galleries(config, ctx), truth=truth, lineage=lineage, exports=exports_of(ctx),

@@ -191,3 +191,17 @@ def comparison_rows(ctx: StageContext) -> list[dict[str, Any]]:
             "passed": verdicts.get(label), "best": label in best,
         })  # fmt: skip
     return sorted(rows, key=lambda row: (row["stage"] != "teacher", row["steps"], -row["basic"] - row["full"]))
+
+
+def guard_rows(ctx: StageContext, trained: Sequence[str]) -> list[dict[str, Any]]:
+    """Every look of every guarded stage, and how its run went out."""
+    rows = []
+    for role in trained:
+        path = ctx.inputs[role] / "guard.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        for look in found["looks"]:
+            rows.append({**look, "stage": role, "drift": max(look["drift"]), "taken": look["step"] == found["taken"]})
+        rows[-1]["reasons"] = found["reasons"]
+    return rows

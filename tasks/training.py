@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
 from models.engine.distribute import world
-from models.engine.loop import Trainer, train, write_metrics
+from models.engine.loop import Trainer, Watch, train, write_metrics
 from models.engine.objective import Batch, Objective
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
@@ -49,6 +49,7 @@ def run_training(
     model_of: Callable[[Trainer], Denoiser],
     card: SamplingCard,
     prompts: list[str],
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train, drawing the fixed prompts on the way, and write the checkpoint folder (rank 0); returns facts."""
     grids = ctx.scratch / "grids"
@@ -67,7 +68,7 @@ def run_training(
                 events.add_scalar(f"{ctx.name}/{name}", value, done)
         ctx.progress(done, total, numbers)
 
-    trainer = train(objective, batches, config, ctx.scratch, progress, draw)
+    trainer = train(objective, batches, config, ctx.scratch, progress, draw, watch)
     if events is not None:
         events.close()
     if world()[0] == 0:
@@ -75,7 +76,7 @@ def run_training(
         write_metrics(trainer.rows, ctx.out / "metrics.jsonl")
         if grids.exists():
             shutil.copytree(grids, ctx.out / "grids", dirs_exist_ok=True)
-    return {"steps": config.steps, "samples": config.steps * config.batch_size, "last": trainer.rows[-1]}
+    return {"steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1]}
 
 
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -32,11 +33,32 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
 
 
+class Watch(Protocol):
+    """Looks at a run from outside before the first step, every so many steps and after the last; may end it."""
+
+    @property
+    def every(self) -> int:
+        """Steps between looks."""
+
+    @property
+    def ended(self) -> bool:
+        """True once it has ended the run."""
+
+    def look(self, trainer: Trainer) -> None:
+        """Judge the present weights; may replace them when it ends the run."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What it remembers, for the checkpoint."""
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state`."""
+
+
 class Trainer:
     """Weights, optimizers, averages and position of one run."""
 
-    def __init__(self, objective: Objective, config: TrainConfig, folder: Path) -> None:
-        self.objective, self.config, self.folder = objective, config, folder
+    def __init__(self, objective: Objective, config: TrainConfig, folder: Path, watch: Watch | None = None) -> None:
+        self.objective, self.config, self.folder, self.watch = objective, config, folder, watch
         self.players = dict(objective.players)
         self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.players.items()}
         for module in self.players.values():
@@ -60,6 +82,8 @@ class Trainer:
             extra = getattr(self.objective, "state", None)
             if extra is not None:
                 groups["objective"] = extra()
+            if self.watch is not None:
+                groups["watch"] = self.watch.state()
             updates = {name: ema.updates for name, ema in self.emas.items()}
             meta = {"updates": updates, "rows": self.rows, "skipped": self.skipped}
             save_state(self.folder, self.step, groups, meta)
@@ -81,8 +105,15 @@ class Trainer:
             self.emas[name].updates = meta["updates"][name]
         if "objective" in groups:
             self.objective.load_state(groups["objective"])  # type: ignore[attr-defined]
+        if self.watch is not None:
+            self.watch.load_state(groups["watch"])
         self.rows, self.skipped = meta["rows"], meta["skipped"]
         return True
+
+    @property
+    def done(self) -> bool:
+        """True after the last step, or when the watch has ended the run."""
+        return self.step >= self.config.steps or (self.watch is not None and self.watch.ended)
 
     def move(self, batch: Batch) -> dict[str, float]:
         """One step: every player's turn on one prepared batch; returns the numbers for the log."""
@@ -126,15 +157,17 @@ def train(
     scratch: Path,
     progress: Progress | None = None,
     on_sample: Callable[[int, Trainer], None] | None = None,
+    watch: Watch | None = None,
 ) -> Trainer:
     """Train to `config.steps`, resuming from `scratch`; returns the trainer with final weights, averages and log rows.
 
     `batches(step)` is this worker's part of the batch of that step, a pure function of the step.
     """
-    trainer = Trainer(objective, config, scratch / "checkpoints")
-    trainer.resume()
+    trainer = Trainer(objective, config, scratch / "checkpoints", watch)
+    if not trainer.resume() and watch is not None:
+        watch.look(trainer)
     started, window = time.perf_counter(), dict[str, list[float]]()
-    while trainer.step < config.steps:
+    while not trainer.done:
         step = trainer.step
         batch = batches(step)
         prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots))
@@ -148,6 +181,8 @@ def train(
             trainer.rows.append({"step": trainer.step, **row})
             if progress is not None and world()[0] == 0:
                 progress(trainer.step, config.steps, {**row, "seconds": time.perf_counter() - started})
+        if watch is not None and (trainer.step % watch.every == 0 or last):
+            watch.look(trainer)
         if trainer.step % config.checkpoint_every == 0 and not last:
             trainer.save()
         if on_sample is not None and config.sample_every and trainer.step % config.sample_every == 0:

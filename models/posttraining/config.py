@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from infra.config import Config
 from models.engine.config import OptimizerConfig, TrainConfig
-from models.pretraining.config import TimestepConfig
+from models.pretraining.config import SelectConfig, TimestepConfig
 
 
 class PairsConfig(Config):
@@ -19,6 +21,22 @@ class PairsConfig(Config):
     guidance: float = Field(default=2.0, ge=1, description="Guidance of the rollouts, as at inference")
     min_gap: float = Field(default=0.05, ge=0, description="Reward gap below which a pair is a tie and dropped")
     seed: int = Field(default=0, ge=0, description="Seed of prompts and noise")
+
+
+class GuardConfig(Config):
+    """When preference tuning is stopped, and the best weights so far are taken instead."""
+
+    every: int = Field(default=20, ge=1, description="Steps between looks; a multiple of train.log_every")
+    prompts: int = Field(default=24, ge=1, description="Prompts that are never trained on")
+    seeds: int = Field(default=4, ge=2, description="Pictures per prompt")
+    patience: int = Field(default=2, ge=1, description="Bad looks in a row after which training stops")
+    errors: float = Field(
+        default=2.0, ge=0, description="Standard errors by which the held-out reward may lie below the start's"
+    )
+    min_diversity: float = Field(default=0.8, ge=0, description="Least within-prompt diversity over the start's")
+    max_drift: float | None = Field(
+        default=None, gt=0, description="Largest squared change of the velocity at any time, over its square; null: any"
+    )
 
 
 class DpoConfig(Config):
@@ -38,3 +56,140 @@ class DpoConfig(Config):
         ge=0,
         description="Flow matching on the preferred pictures, over the preference's strongest pull beta/2",
     )
+    guard: GuardConfig | None = Field(default=None, description="Stops reward hacking; null: no guard")
+
+    @model_validator(mode="after")
+    def _looks_at_log_rows(self) -> DpoConfig:
+        check_looks(self.guard, self.train)
+        return self
+
+
+class RewardTerm(Config):
+    """One reward to train on."""
+
+    kind: Literal["judge", "model", "sharpness"] = Field(
+        default="judge", description="judge: the colour judge; model: the trained reward model; sharpness: a rule"
+    )
+    weight: float = Field(default=1.0, gt=0, description="Weight of its normalised advantage")
+
+
+class PromptsConfig(Config):
+    """Prompts of the rollouts: published scenes, so that held-out ones stay unseen."""
+
+    count: int = Field(default=320, ge=1, description="Distinct prompts")
+    side: int = Field(default=32, ge=8, description="Side of the pictures in pixels")
+
+
+class OnlineConfig(Config):
+    """What training on the model's own pictures has in common."""
+
+    train: TrainConfig = TrainConfig(
+        steps=100, batch_size=32, ema_gamma=6.0, log_every=10,
+        optimizer=OptimizerConfig(muon_lr=5e-4, adamw_lr=5e-5, warmup_steps=5, final_ratio=0.2),
+    )  # fmt: skip
+    prompts: PromptsConfig = PromptsConfig()
+    rewards: tuple[RewardTerm, ...] = Field(default=(RewardTerm(),), min_length=1, description="Rewards to train on")
+    guard: GuardConfig | None = Field(default=GuardConfig(), description="Stops reward hacking; null: no guard")
+
+    @model_validator(mode="after")
+    def _looks_at_log_rows(self) -> OnlineConfig:
+        check_looks(self.guard, self.train)
+        return self
+
+
+class GroupedConfig(OnlineConfig):
+    """Training on groups of pictures of one prompt."""
+
+    group: int = Field(default=8, ge=2, description="Pictures per prompt; advantages are relative to the group's mean")
+    unit: Literal["group", "batch"] = Field(
+        default="batch", description="Unit of an advantage: the group's own deviation, or that pooled over the batch"
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> GroupedConfig:
+        size = self.train.batch_size
+        if size % self.group:
+            raise ValueError(
+                f"train.batch_size={size} is not a multiple of group={self.group}; make it one, e.g. "
+                f"{max(1, size // self.group) * self.group}"
+            )
+        return self
+
+
+class GrpoConfig(GroupedConfig):
+    """Flow-GRPO. The rollouts' guidance is the checkpoint's own, in training too."""
+
+    name: str = Field(default="grpo", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    steps: int = Field(default=4, ge=2, description="Steps of the rollouts, fewer than at inference")
+    sampler: Literal["flow_sde", "cps", "ou"] = Field(
+        default="ou", description="Stochastic step, models/posttraining/sde.py"
+    )
+    eta: float = Field(default=0.7, gt=0, le=1.5, description="Noise of the stochastic steps")
+    window: int = Field(default=2, ge=1, description="Stochastic steps; the others follow the ODE and are not trained")
+    window_moves: Literal["stays", "random", "progressive"] = Field(
+        default="stays", description="stays: the first steps; random: anew each step; progressive: on by one in time"
+    )
+    window_every: int = Field(default=25, ge=1, description="Training steps after which a progressive window moves")
+    same_noise: bool = Field(default=False, description="One first noise for the whole group")
+    updates: int = Field(default=1, ge=1, description="Moves per batch of rollouts")
+    clip_range: float = Field(default=1e-3, gt=0, description="Clip of the ratio; log-probabilities are per element")
+    kl: float = Field(default=0.0, ge=0, description="Weight of the KL to the reference, per element and step")
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> GrpoConfig:
+        if self.window >= self.steps:
+            raise ValueError(
+                f"window={self.window} of steps={self.steps}: the last step adds no noise; "
+                f"take a window of at most {self.steps - 1}"
+            )
+        if self.sampler == "cps" and self.eta >= 1:
+            raise ValueError(f"eta={self.eta} with cps keeps nothing of x_t; choose eta below 1")
+        return self
+
+
+class NftConfig(GroupedConfig):
+    """DiffusionNFT."""
+
+    name: str = Field(default="nft", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    timesteps: TimestepConfig = TimestepConfig()
+    steps: int = Field(default=4, ge=1, description="Euler steps of the rollouts")
+    guidance: float = Field(default=1.0, ge=1, description="Guidance of the rollouts; the paper uses none")
+    beta: float = Field(default=1.0, gt=0, le=1, description="How far the implicit policies lie from the old one")
+    kl: float = Field(default=1e-4, ge=0, description="Weight of the squared velocity change from the reference")
+    old_rate: float = Field(default=1e-3, gt=0, description="Growth a step of the share the old policy keeps of itself")
+    old_most: float = Field(default=0.5, ge=0, lt=1, description="Largest share the old policy keeps of itself")
+
+
+class ReflConfig(OnlineConfig):
+    """ReFL with the pre-training term."""
+
+    name: str = Field(default="refl", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    timesteps: TimestepConfig = TimestepConfig()
+    select: SelectConfig = Field(default=SelectConfig(), description="Pictures of the pre-training term")
+    steps: int = Field(default=8, ge=2, description="Euler steps of the rollouts, as at inference")
+    late: float = Field(default=0.5, gt=0, le=1, description="Share of the steps, the last ones, that may get gradient")
+    hinge: float = Field(default=2.0, description="Sigmas above the start's mean where the reward stops pulling")
+    weight: float = Field(default=0.05, gt=0, description="Weight of the hinge, in sigmas")
+    pretraining: float = Field(default=1.0, ge=0, description="Weight of flow matching on real pictures")
+
+
+class RewardModelConfig(Config):
+    """Bradley-Terry reward model on frozen image and text features."""
+
+    name: str = Field(default="reward-model", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    train: TrainConfig = TrainConfig(
+        steps=300, batch_size=64, ema_gamma=6.0, log_every=20,
+        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=2e-3, weight_decay=0.05, warmup_steps=10),
+    )  # fmt: skip
+    width: int = Field(default=128, ge=1, description="Width of the projections of picture and text")
+    validation: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts kept for calibration")
+    label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")
+
+
+def check_looks(guard: GuardConfig | None, train: TrainConfig) -> None:
+    """A run may only end where its log ends."""
+    if guard is not None and guard.every % train.log_every:
+        raise ValueError(
+            f"guard.every={guard.every} is not a multiple of train.log_every={train.log_every}; "
+            "a run that stops between two log rows would lose one"
+        )

@@ -16,7 +16,7 @@ from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from tasks.config import ReportConfig
 from tasks.report import report
 from tasks.report_parts import curve
-from tasks.report_tables import cell, comparison_rows, funnel_rows
+from tasks.report_tables import cell, comparison_rows, funnel_rows, guard_rows
 
 EVIL = '<script>alert("x")</script>'
 SCORE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
@@ -107,6 +107,19 @@ def test_comparison_shows_every_row_and_who_passed(context: StageContext, tmp_pa
     report(ReportConfig(), compared)
     page = (context.out / "report.html").read_text()
     assert "Students against their teacher" in page and "60.2x" in page and "given away at 1 step(s)" in page
+
+
+def test_guards_show_every_look_what_was_taken_and_why_it_ended(context: StageContext) -> None:
+    look = {"trained": 0.1, "held_out": -0.2, "change": 0.0, "error": 0.0, "diversity": 1.0, "drift": [0.0, 0.02]}
+    looks = [{**look, "step": 0}, {**look, "step": 20, "change": -0.25, "error": 0.05}]
+    record = {"looks": looks, "ended": True, "reasons": [EVIL], "taken": 0, "times": [0.1, 0.9]}
+    (context.inputs["pretrain"] / "guard.json").write_text(json.dumps(record))
+    rows = guard_rows(context, ["pretrain"])
+    assert [(r["step"], r["taken"], r["drift"]) for r in rows] == [(0, True, 0.02), (20, False, 0.02)]
+    report(ReportConfig(), context)
+    page = (context.out / "report.html").read_text()
+    assert "-0.250<small>standard error 0.050" in page
+    assert "<script" not in page
 
 
 def test_summary_has_scores_funnel_and_truth(context: StageContext) -> None:

@@ -17,8 +17,13 @@ from models.networks.prx import Denoiser
 from models.personalization.config import LoraConfig
 from models.personalization.dreambooth import DreamBooth
 from models.personalization.lora import add_lora
-from models.posttraining.config import DpoConfig
+from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, ReflConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
+from models.posttraining.diffusion_nft import DiffusionNft
+from models.posttraining.flow_grpo import FlowGrpo
+from models.posttraining.refl import Refl
+from models.posttraining.reward import Composite, Sharpness, Weighted
+from models.posttraining.rollout import Sampling
 from models.pretraining.config import RepaConfig, TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Projector, Repa
@@ -42,6 +47,28 @@ def dreambooth(tiny: Callable[[int], Denoiser]) -> Objective:
 
 def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
     return DiffusionDpo(tiny(0), tiny(0), DpoConfig())
+
+
+SHARP = (Weighted(Sharpness()),)
+GUIDED = Sampling(NULL, 1.5)
+ONLINE = {"train": CONFIG.model_dump(), "guard": None}
+
+
+def grpo(tiny: Callable[[int], Denoiser]) -> Objective:
+    settings = {"group": 2, "kl": 0.01, "updates": 2, "window_moves": "random"}
+    return FlowGrpo(tiny(0), tiny(0), SHARP, GUIDED, GrpoConfig.model_validate({**ONLINE, **settings}))
+
+
+def nft(tiny: Callable[[int], Denoiser]) -> Objective:
+    config = NftConfig.model_validate({**ONLINE, "group": 2, "old_rate": 0.05})
+    return DiffusionNft(tiny(0), tiny(0), SHARP, GUIDED, config)
+
+
+def refl(tiny: Callable[[int], Denoiser]) -> Objective:
+    return Refl(tiny(0), Composite(SHARP), GUIDED, ReflConfig.model_validate(ONLINE))
+
+
+ONLINES = {"grpo": grpo, "nft": nft, "refl": refl}
 
 
 def student(method: dict, **settings: int) -> Callable[[Callable[[int], Denoiser]], Objective]:
@@ -81,13 +108,16 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "make", [flow, dreambooth, dpo, *STUDENTS.values()], ids=["flow", "dreambooth", "dpo", *STUDENTS]
+    "make",
+    [flow, dreambooth, dpo, *ONLINES.values(), *STUDENTS.values()],
+    ids=["flow", "dreambooth", "dpo", *ONLINES, *STUDENTS],
 )
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
     def with_noise(step: int) -> Batch:
         batch = batches(step)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(step))
-        return replace(batch, extra={**batch.extra, "noise": noise})
+        beside = {"real": batch.images, "real_tokens": batch.tokens, "real_mask": batch.mask}
+        return replace(batch, extra={**batch.extra, **beside, "noise": noise})
 
     straight = train(make(tiny), with_noise, CONFIG, tmp_path / "straight")
 

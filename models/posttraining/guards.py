@@ -1,0 +1,203 @@
+"""Guards against reward hacking: what tuning must not break, looked at on prompts that it never trains on.
+
+A look draws with the averaged weights, the inference sampler and fixed noise, and compares with the start picture by
+picture: the held-out reward (no worse than `errors` standard errors), diversity within a prompt (a share of the
+start's), drift of the velocity at five times. After `patience` bad looks in a row, or a bad last one, the run ends and
+takes the weights of the best good look, the start included. Looks follow from the weights alone, so a resumed run has
+the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from models.engine.loop import Trainer
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.networks.prx import Denoiser, velocity_of
+from models.posttraining.config import GuardConfig
+from models.posttraining.reward import Reward
+from models.posttraining.rollout import Sampling
+from models.pretraining.flow_matching import noised
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+CHUNK = 16  # pictures drawn at a time
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Prompts by neighbouring slots, `seeds` of each; the rewards; features [N, F] of pictures for diversity."""
+
+    asked: Batch
+    seeds: int
+    trained: Reward
+    held_out: Reward
+    features: Callable[[torch.Tensor], torch.Tensor]
+    sampling: Sampling
+    steps: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one set of weights is worth; `change` and `error` are of the held-out reward against the start."""
+
+    step: int
+    trained: float
+    held_out: float
+    change: float
+    error: float
+    diversity: float  # over the start's
+    drift: tuple[float, ...]  # at TIMES
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One model's pictures [N, 3, H, W], its rewards [N] and the distance of pictures within a prompt."""
+
+    pictures: torch.Tensor
+    trained: torch.Tensor
+    held_out: torch.Tensor
+    distance: float
+
+
+class Guard:
+    """A Watch of the loop for one player that is a denoiser."""
+
+    def __init__(self, config: GuardConfig, player: str, start: Denoiser, watched: Watched) -> None:
+        self.config, self.player, self.watched = config, player, watched
+        self.start = copy.deepcopy(start).eval().requires_grad_(False)
+        self.looks: list[Look] = []
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_step, self.bad, self.ended = 0, 0, False
+
+    @property
+    def every(self) -> int:
+        """Steps between looks."""
+        return self.config.every
+
+    @torch.no_grad()
+    def look(self, trainer: Trainer) -> None:
+        """Measure the averaged weights; keep them if they are the best, end the run if they are bad for long."""
+        average = trainer.emas[self.player].average
+        found = self._measure(loaded(self.start, average), trainer.step)
+        faults = self.faults(found)
+        if not faults and all(found.held_out > old.held_out for old in self.looks if not self.faults(old)):
+            self.best, self.best_step = {name: value.clone() for name, value in average.items()}, found.step
+        self.looks.append(found)
+        self.bad = self.bad + 1 if faults else 0
+        if self.bad >= self.config.patience or (faults and trainer.step >= trainer.config.steps):
+            self.ended = True
+            self._restore(trainer)
+
+    def faults(self, look: Look) -> list[str]:
+        """What is wrong, in words; empty for a good look."""
+        config, found = self.config, []
+        if look.change < -config.errors * look.error:
+            found.append(
+                f"held-out reward {look.change:+.4f} against the start, more than {config.errors:g} x {look.error:.4f} down"
+            )
+        if look.diversity < config.min_diversity:
+            found.append(f"diversity {look.diversity:.2f} of the start's, below {config.min_diversity:g}")
+        if config.max_drift is not None and max(look.drift) > config.max_drift:
+            at = TIMES[look.drift.index(max(look.drift))]
+            found.append(f"velocity drift {max(look.drift):.3f} at t={at}, above {config.max_drift:g}")
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """Looks, and why and where the run was ended, for the stage's facts."""
+        reasons = self.faults(self.looks[-1]) if self.ended else []
+        return {"looks": [asdict(look) for look in self.looks], "times": list(TIMES), "ended": self.ended,
+                "reasons": reasons, "taken": self.best_step if self.ended else self.looks[-1].step}  # fmt: skip
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Looks, best weights and counters as tensors."""
+        table = [as_row(look) for look in self.looks]
+        counters = torch.tensor([self.best_step, self.bad, int(self.ended)])
+        return {"looks": torch.tensor(table, dtype=torch.float64), "counters": counters} | {
+            f"best/{name}": value for name, value in self.best.items()
+        }
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state`."""
+        self.looks = [Look(int(r[0]), r[1], r[2], r[3], r[4], r[5], tuple(r[6:])) for r in tensors["looks"].tolist()]
+        self.best_step, self.bad, ended = tensors["counters"].tolist()
+        self.ended = bool(ended)
+        self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+
+    @cached_property
+    def _first(self) -> Drawn:
+        return self._draw(self.start)
+
+    def _measure(self, net: Denoiser, step: int) -> Look:
+        first, now = self._first, self._draw(net)
+        gain = (now.held_out - first.held_out).double()
+        error = float(gain.std() / len(gain) ** 0.5)
+        diversity = now.distance / first.distance if first.distance > 0 else 1.0
+        return Look(step, float(now.trained.double().mean()), float(now.held_out.double().mean()),
+                    float(gain.mean()), error, diversity, self._drift(net))  # fmt: skip
+
+    @torch.no_grad()
+    def _draw(self, net: Denoiser) -> Drawn:
+        watched = self.watched
+        pictures, trained, held_out = [], [], []
+        for start in range(0, len(watched.asked.slots), CHUNK):
+            part = rows(watched.asked, slice(start, start + CHUNK))
+            noise = Randomness(0, 0, part.slots).normal("guard", tuple(part.images.shape[1:]))
+            times = watched.sampling.times(watched.steps, noise)
+            drawn = watched.sampling.follow(net, noise, times, part).clamp(-1, 1)
+            pictures.append(drawn)
+            trained.append(watched.trained(drawn, part))
+            held_out.append(watched.held_out(drawn, part))
+        every = torch.cat(pictures)
+        within = watched.features(every).double().unflatten(0, (-1, watched.seeds))
+        distance = float(torch.cdist(within, within).sum((1, 2)).mean())
+        return Drawn(every, torch.cat(trained), torch.cat(held_out), distance)
+
+    @torch.no_grad()
+    def _drift(self, net: Denoiser) -> tuple[float, ...]:
+        asked, x_0 = self.watched.asked, self._first.pictures
+        found = []
+        for t in TIMES:
+            changed, size = 0.0, 0.0
+            for start in range(0, len(asked.slots), CHUNK):
+                part = rows(asked, slice(start, start + CHUNK))
+                now = x_0.new_full((len(part.slots),), t)
+                eps = Randomness(0, 0, part.slots).normal(f"drift {t}", tuple(x_0.shape[1:]))
+                x_t = noised(x_0[start : start + CHUNK], eps, now)
+                own, base = (velocity_of(n(x_t, now, part.tokens, part.mask)[0], x_t, now) for n in (net, self.start))
+                changed, size = changed + float((own - base).square().sum()), size + float(base.square().sum())
+            found.append(changed / size)
+        return tuple(found)
+
+    def _restore(self, trainer: Trainer) -> None:
+        parameters = dict(trainer.players[self.player].named_parameters())
+        for name, value in self.best.items():
+            parameters[name].copy_(value)
+            trainer.emas[self.player].average[name].copy_(value)
+
+
+def as_row(look: Look) -> list[float]:
+    """All numbers of a look in one row."""
+    return [look.step, look.trained, look.held_out, look.change, look.error, look.diversity, *look.drift]
+
+
+def rows(asked: Batch, part: slice) -> Batch:
+    """Some neighbouring samples of a batch."""
+    extra = {name: value[part] for name, value in asked.extra.items()}
+    return replace(asked, images=asked.images[part], tokens=asked.tokens[part], mask=asked.mask[part],
+                   slots=asked.slots[part], extra=extra)  # fmt: skip
+
+
+def loaded(start: Denoiser, weights: Mapping[str, torch.Tensor]) -> Denoiser:
+    """A copy of the start with these of its weights replaced."""
+    net = copy.deepcopy(start)
+    parameters = dict(net.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+    return net

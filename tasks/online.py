@@ -1,0 +1,229 @@
+"""Stage functions of post-training on the model's own pictures: Flow-GRPO, DiffusionNFT, ReFL. SPMD."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+
+from data_curation import scenes as demo
+from infra.errors import ConfigError
+from infra.stages import StageContext
+from models.engine.config import TrainConfig
+from models.engine.distribute import world
+from models.engine.loop import Trainer
+from models.engine.objective import Batch, Objective
+from models.engine.randomness import Randomness
+from models.evaluation.judge import Judge
+from models.networks import prx, text_encoder
+from models.networks.checkpoint import SamplingCard, read_card
+from models.networks.prx import Denoiser
+from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
+from models.posttraining.diffusion_nft import DiffusionNft
+from models.posttraining.flow_grpo import FlowGrpo
+from models.posttraining.guards import Guard, Watched
+from models.posttraining.refl import Refl
+from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted
+from models.posttraining.reward_model import RewardModel
+from models.posttraining.rollout import Sampling
+from models.pretraining.config import TimestepConfig
+from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training_data import TrainingData, local_slots
+
+MEASURED_ON = 64  # pictures of the start that give a reward its sigma
+
+
+def grpo(config: GrpoConfig, ctx: StageContext) -> dict[str, Any]:
+    """Flow-GRPO of `init`."""
+    start = Start.of(config, ctx)
+    reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
+    objective = FlowGrpo(start.denoiser, reference, start.rewards, start.sampling, config)
+    batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
+    return tune(objective, "policy", batches, config.train, ctx, start)
+
+
+def nft(config: NftConfig, ctx: StageContext) -> dict[str, Any]:
+    """DiffusionNFT of `init`."""
+    start = Start.of(config, ctx)
+    reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
+    objective = DiffusionNft(start.denoiser, reference, start.rewards, start.sampling, config)
+    batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
+    return tune(objective, "policy", batches, config.train, ctx, start)
+
+
+def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
+    """ReFL of `init`, with flow matching on the training set's pictures."""
+    start = Start.of(config, ctx)
+    objective = Refl(start.denoiser, Composite(start.rewards), start.sampling, config)
+    asked = prompt_batches(start.prompts, config.prompts.side, config.train, 1)
+    real = start.data.batches(config.select, config.train.batch_size, config.train.seed, teacher=False)
+
+    def batch(step: int) -> Batch:
+        prompts, pictures = asked(step), real(step)
+        beside = {"real": pictures.images, "real_tokens": pictures.tokens, "real_mask": pictures.mask}
+        return replace(prompts, extra={**prompts.extra, **beside})
+
+    return tune(objective, "denoiser", batch, config.train, ctx, start)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Scenes with their text features; the first `trained` are for training, the others for the guard."""
+
+    scenes: tuple[demo.Scene, ...]
+    tokens: torch.Tensor  # [N, T, D]
+    mask: torch.Tensor  # [N, T]
+    trained: int
+
+    @classmethod
+    def of(cls, scenes: Sequence[demo.Scene], trained: int, max_tokens: int) -> Prompts:
+        """Encode the scenes' short captions."""
+        captions = [demo.short_caption(scene) for scene in scenes]
+        features = [text_encoder.encode(captions[at : at + 64], max_tokens) for at in range(0, len(captions), 64)]
+        tokens, mask = (torch.cat(part) for part in zip(*features, strict=True))
+        longest = int(mask.sum(1).max())
+        return cls(tuple(scenes), tokens[:, :longest], mask[:, :longest], trained)
+
+    def batch(self, rows: torch.Tensor, slots: Sequence[int], side: int) -> Batch:
+        """What these rows [B] ask; the pictures only give the size."""
+        blank = torch.zeros(len(rows), 3, side, side)
+        return Batch(blank, self.tokens[rows], self.mask[rows], tuple(slots), extra={"scene": rows})
+
+
+def published(count: int, seed: int, without: Collection[str] = ()) -> list[demo.Scene]:
+    """Published scenes in a random order, except those named; held-out ones stay for the evaluation."""
+    scenes = [scene for scene in demo.all_scenes("full") if not scene.held_out and scene.id not in without]
+    if count > len(scenes):
+        raise ConfigError(
+            f"{count} prompts are asked of {len(scenes)} published scenes; lower prompts.count or guard.prompts"
+        )
+    return [scenes[i] for i in np.random.default_rng([seed, 78]).permutation(len(scenes))[:count]]
+
+
+def prompt_batches(prompts: Prompts, side: int, train: TrainConfig, group: int) -> Callable[[int], Batch]:
+    """This worker's prompts as a pure function of the step: each `group` slots in a row, a new order each epoch."""
+    slots = local_slots(train.batch_size)
+    groups = train.batch_size // group
+
+    def batch(step: int) -> Batch:
+        places = [step * groups + slot // group for slot in slots]
+        order = {
+            epoch: torch.randperm(prompts.trained, generator=Randomness(train.seed, epoch, ()).shared("prompt order"))
+            for epoch in {place // prompts.trained for place in places}
+        }
+        rows = torch.stack([order[place // prompts.trained][place % prompts.trained] for place in places])
+        return prompts.batch(rows, slots, side)
+
+    return batch
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint to tune with what surrounds it: data, prompts, rewards to train on, guard."""
+
+    denoiser: Denoiser
+    card: SamplingCard
+    data: TrainingData
+    sampling: Sampling
+    prompts: Prompts
+    rewards: tuple[Weighted, ...]
+    guard: Callable[[str], Guard] | None
+
+    @classmethod
+    def of(cls, config: OnlineConfig, ctx: StageContext) -> Start:
+        """Open the inputs; every reward is measured on pictures of the start."""
+        refuse_distilled(ctx.inputs["init"], ctx.name)
+        data, card = TrainingData(ctx.inputs["data"]), read_card(ctx.inputs["init"])
+        denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
+        sampling = sampling_of(card, data, denoiser)
+        watched = 0 if config.guard is None else config.guard.prompts
+        scenes = published(config.prompts.count + watched, config.train.seed)
+        prompts = Prompts.of(scenes, config.prompts.count, card.prompt_max_tokens)
+        judge = Judge.load(ctx.inputs["judge"])
+        first = torch.arange(min(MEASURED_ON, prompts.trained))
+        asked = prompts.batch(first, first.tolist(), config.prompts.side)
+        pictures = drawn(denoiser, asked, sampling, card.steps, config.train.seed)
+        rewards = tuple(
+            Weighted(Measured.on(reward_of(term, judge, prompts, ctx), pictures, asked), term.weight)
+            for term in config.rewards
+        )
+        guard = None
+        if config.guard is not None:
+            guard = partial(guard_of, config.guard, denoiser, card, sampling, judge, prompts, Composite(rewards))
+        return cls(denoiser, card, data, sampling, prompts, rewards, guard)
+
+
+def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser) -> Sampling:
+    """As the card says; the empty prompt without its padding."""
+    tokens, mask = data.null()
+    used = int(mask.sum())
+    timesteps = TimestepConfig(shift=card.shift, base_tokens=card.base_tokens)
+    patch = denoiser.transformer.config.patch_size
+    return Sampling((tokens[:, :used], mask[:, :used]), card.guidance, timesteps, patch)
+
+
+@torch.no_grad()
+def drawn(net: Denoiser, asked: Batch, sampling: Sampling, steps: int, seed: int) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1]."""
+    noise = Randomness(seed, 0, asked.slots).normal("measured", tuple(asked.images.shape[1:]))
+    return sampling.follow(net, noise, sampling.times(steps, noise), asked).clamp(-1, 1)
+
+
+def reward_of(term: RewardTerm, judge: Judge, prompts: Prompts, ctx: StageContext) -> Reward:
+    """The reward of one term."""
+    match term.kind:
+        case "judge":
+            return JudgeReward(judge, prompts.scenes)
+        case "model":
+            return RewardModel.load(ctx.inputs["reward"])
+        case "sharpness":
+            return Sharpness()
+        case _:
+            assert_never(term.kind)
+
+
+def guard_of(
+    config: GuardConfig, denoiser: Denoiser, card: SamplingCard, sampling: Sampling, judge: Judge, prompts: Prompts,
+    trained: Reward, player: str,
+) -> Guard:  # fmt: skip
+    """The guard with the shape judge as held-out reward, on prompts that are not trained on."""
+    rows = torch.arange(prompts.trained, prompts.trained + config.prompts).repeat_interleave(config.seeds)
+    asked = prompts.batch(rows, range(len(rows)), card.side)
+    held_out = JudgeReward(judge, prompts.scenes, "shape")
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        return judge.colour.features(pictures / 2 + 0.5)
+
+    watched = Watched(asked, config.seeds, trained, held_out, features, sampling, card.steps)
+    return Guard(config, player, denoiser, watched)
+
+
+def tune(
+    objective: Objective, player: str, batches: Callable[[int], Batch], train: TrainConfig, ctx: StageContext,
+    start: Start,
+) -> dict[str, Any]:  # fmt: skip
+    """Train under the guard and write what it saw."""
+    guard = None if start.guard is None else start.guard(player)
+
+    def model_of(trainer: Trainer) -> Denoiser:
+        return averaged(trainer, player, start.denoiser)
+
+    prompts = fixed_prompts(start.data)
+    facts = run_training(objective, batches, train, ctx, model_of, start.card, prompts, guard)
+    return facts | written(guard, ctx)
+
+
+def written(guard: Guard | None, ctx: StageContext) -> dict[str, Any]:
+    """What the guard saw, for the facts; rank 0 writes it beside the weights too."""
+    if guard is None:
+        return {}
+    report = guard.report()
+    if world()[0] == 0:
+        (ctx.out / "guard.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    return {"guard": report}

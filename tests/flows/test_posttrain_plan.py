@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from flows.config import LifecycleConfig, PosttrainConfig
+from flows.dag import stage_specs
+from infra.config import load_yaml, parse
+from infra.errors import ConfigError
+
+PRESETS = Path(__file__).resolve().parents[2] / "presets"
+
+
+def lifecycle(name: str, *overrides: str) -> LifecycleConfig:
+    return parse(LifecycleConfig, load_yaml(PRESETS / name, overrides), name)
+
+
+def test_all_branches_start_from_sft_and_are_scored() -> None:
+    config = lifecycle("posttrain-all.yaml")
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    assert {specs[name].inputs["init"] for name in ("grpo", "nft", "refl", "dpo")} == {"sft"}
+    assert {"sft", "grpo", "nft", "refl", "dpo"} <= set(specs["evaluate"].inputs)
+    assert specs["dpo"].inputs["judge"] == "judge"  # its guard asks for it
+    assert config.chain[-1] == "dpo"
+    demo = {spec.name: spec for spec in stage_specs(lifecycle("demo.yaml"))}
+    assert (demo["sft"].versioned, demo["sft"].inputs) == (specs["sft"].versioned, specs["sft"].inputs)
+    assert "judge" not in demo["dpo"].inputs
+
+
+def test_the_chosen_branch_hands_on() -> None:
+    config = lifecycle("smoke.yaml", "posttrain.hands_on=grpo")
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    assert config.chain[-2:] == ("sft", "grpo")
+    assert specs["distill-4"].inputs["init"] == "grpo"
+    assert "dpo" in specs["evaluate"].inputs
+    with pytest.raises(ConfigError, match="no branch"):
+        lifecycle("smoke.yaml", "posttrain.hands_on=sft")
+
+
+def test_without_a_branch_sft_hands_on_and_no_pairs_are_made() -> None:
+    config = lifecycle("posttrain-all.yaml", *(f"posttrain.{name}=null" for name in ("grpo", "nft", "refl", "dpo")),
+                       "posttrain.reward_model=null", "evaluate.gates=[]", "evaluate.sets=[{name: held_out_basic}]")  # fmt: skip
+    assert config.chain[-1] == "sft"
+    assert "pairs" not in {spec.name for spec in stage_specs(config)}
+
+
+def test_the_reward_model_reaches_whom_it_rewards() -> None:
+    config = lifecycle("posttrain-all.yaml", "posttrain.grpo.rewards=[{kind: model}, {kind: judge, weight: 0.5}]")
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    assert specs["grpo"].inputs["reward"] == "reward-model"
+    assert "reward" not in specs["nft"].inputs
+    with pytest.raises(ValueError, match="set posttrain.reward_model"):
+        PosttrainConfig.model_validate({"grpo": {"rewards": [{"kind": "model"}]}})
+
+
+def test_a_guard_looks_where_the_log_ends() -> None:
+    with pytest.raises(ConfigError, match="guard.every=7"):
+        lifecycle("posttrain-all.yaml", "posttrain.grpo.guard.every=7")

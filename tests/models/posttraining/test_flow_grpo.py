@@ -1,0 +1,232 @@
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.engine.config import OptimizerConfig, TrainConfig
+from models.engine.loop import Trainer
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.posttraining.advantages import group_advantages, weighted_advantages
+from models.posttraining.config import GrpoConfig
+from models.posttraining.flow_grpo import FlowGrpo, surrogate
+from models.posttraining.reward import RewardCard, Sharpness, Weighted
+from models.posttraining.rollout import Sampling
+from models.posttraining.sde import log_prob
+from models.pretraining.config import TimestepConfig
+
+TRAIN = TrainConfig(steps=4, batch_size=8, log_every=1, checkpoint_every=1, optimizer=OptimizerConfig(warmup_steps=0))
+
+
+def config(**fields) -> GrpoConfig:
+    return GrpoConfig.model_validate({"train": TRAIN.model_dump(), "group": 4, "guard": {"every": 1}, **fields})
+
+
+def grpo(tiny, sampling, reward, **fields) -> FlowGrpo:
+    made = config(**fields)
+    return FlowGrpo(tiny(0), tiny(0) if made.kl > 0 else None, [Weighted(reward)], sampling, made)
+
+
+def prepared(objective, grouped, step=0):
+    return objective.prepare(grouped(step), Randomness(0, step, tuple(range(8))))
+
+
+def gradient(objective, batch) -> torch.Tensor:
+    objective.policy.zero_grad()
+    objective.loss("policy", batch).total.backward()
+    return torch.cat([p.grad.reshape(-1) for p in objective.policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps", "ou"])
+def test_ratio_is_1_before_the_first_move(tiny, sampling, brightness, grouped, sampler) -> None:
+    objective = grpo(tiny, sampling, brightness, sampler=sampler, window=3)
+    batch = prepared(objective, grouped)
+    assert objective.loss("policy", batch).parts["ratio_off"] <= 1e-6
+    order = torch.tensor([3, 0, 5, 1, 7, 2, 6, 4])
+    moved = {k: v[:, order] for k, v in batch.extra.items() if k in ("states", "results", "log_probs")}
+    shuffled = replace(batch, tokens=batch.tokens[order], mask=batch.mask[order], extra={**batch.extra, **moved})
+    assert objective.loss("policy", shuffled).parts["ratio_off"] <= 1e-6
+
+
+def test_equal_rewards_leave_the_weights_bit_unchanged(tiny, sampling, same, grouped, tmp_path) -> None:
+    objective = grpo(tiny, sampling, same)
+    before = copy.deepcopy(objective.policy.state_dict())
+    batch = prepared(objective, grouped)
+    assert not gradient(objective, batch).any()
+    trainer = Trainer(objective, TRAIN, tmp_path)
+    numbers = trainer.move(batch)
+    assert numbers["idle_groups"] == 1
+    assert all(torch.equal(before[name], value) for name, value in objective.policy.state_dict().items())
+
+
+def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brightness, grouped) -> None:
+    objective = grpo(tiny, sampling, brightness)
+    batch = prepared(objective, grouped)
+    gradient(objective, batch)
+    with torch.no_grad():
+        for parameter in objective.policy.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad
+    times = sampling.times(4, batch.images)
+    gained = torch.zeros(8)
+    with torch.no_grad():
+        for k, i in enumerate(batch.extra["window"].tolist()):
+            mean, std = objective._mean(objective.policy, batch.extra["states"][k], times[i], times[i + 1], batch)
+            gained += log_prob(batch.extra["results"][k], mean, std) - batch.extra["log_probs"][k]
+    assert (gained * batch.extra["advantage"]).sum() > 0
+
+
+class Linear(torch.nn.Module):
+    """x_0 = theta + x_t / 2: with two steps the picture is theta + x_s / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros(3, 2, 2))
+
+    def forward(self, x_t, t, tokens, mask):
+        return self.theta + x_t / 2, None
+
+
+class Tilt:
+    """w . picture for a fixed w."""
+
+    card = RewardCard("tilt", -12.0, 12.0, "trained")
+    w = torch.linspace(-1, 1, 12).view(3, 2, 2)
+
+    def __call__(self, pictures, asked):
+        return (pictures * self.w).sum((1, 2, 3))
+
+
+def test_gradient_is_that_of_the_expected_reward() -> None:
+    """One stochastic step 1 -> 1/2 (mean (1-s) x_0, deviation 1/2) of a linear policy: dE[R]/dtheta = w / 2 (1-s) = w / 4."""
+    count = 8192
+    train = {**TRAIN.model_dump(), "batch_size": count}
+    made = config(train=train, group=count, steps=2, window=1, same_noise=True)
+    null = (torch.zeros(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
+    sampling = Sampling(null, 1.0, TimestepConfig(shift="none"), patch_size=1)
+    objective = FlowGrpo(Linear(), None, [Weighted(Tilt())], sampling, made)
+    asked = Batch(torch.zeros(count, 3, 2, 2), torch.zeros(count, 1, 4), torch.ones(count, 1, dtype=torch.bool),
+                  tuple(range(count)))  # fmt: skip
+    batch = objective.prepare(asked, Randomness(0, 0, asked.slots))
+    objective.loss("policy", batch).total.backward()
+    deviation = 0.5 * 0.5 * Tilt.w.norm()  # of the reward: half of x_s, whose deviation is 1/2
+    expected = -Tilt.w / 4 / deviation / 12  # advantages in deviations, log-probabilities per element
+    assert (objective.policy.theta.grad - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "moves"),
+    [(1.0, 1.1, False), (-1.0, 0.9, False), (-1.0, 1.1, True), (1.0, 0.9, True), (1.0, 1.0, True), (-1.0, 1.0, True)],
+)
+def test_clip_stops_only_the_direction_of_the_advantage(advantage, ratio, moves) -> None:
+    rho = torch.tensor([ratio], requires_grad=True)
+    surrogate(rho, torch.tensor([advantage]), 0.01).sum().backward()
+    assert rho.grad.item() == (-advantage if moves else 0.0)
+
+
+def test_kl_is_0_at_the_reference_without_gradient_and_grows(tiny, sampling, same, grouped) -> None:
+    objective = grpo(tiny, sampling, same, kl=0.5)
+    batch = prepared(objective, grouped)
+    assert objective.loss("policy", batch).parts["kl"] == 0
+    assert not gradient(objective, batch).any()
+    with torch.no_grad():
+        for parameter in objective.policy.parameters():
+            parameter *= 1.01
+    assert objective.loss("policy", batch).parts["kl"] > 0
+    assert gradient(objective, batch).any()
+
+
+def test_gradient_reaches_the_policy_only(tiny, sampling, brightness, grouped) -> None:
+    objective = grpo(tiny, sampling, brightness, kl=0.5)
+    assert gradient(objective, prepared(objective, grouped)).norm() > 0
+    assert all(p.grad is None for p in objective.reference.parameters())
+
+
+def test_a_second_move_on_the_same_rollouts_sees_another_ratio(tiny, sampling, brightness, grouped, tmp_path) -> None:
+    objective = grpo(tiny, sampling, brightness, updates=2)
+    trainer = Trainer(objective, TRAIN, tmp_path)
+    assert trainer.move(prepared(objective, grouped))["ratio_off"] > 1e-5
+
+
+def test_windows(tiny, sampling, brightness) -> None:
+    moving = grpo(tiny, sampling, brightness, steps=6, window=2, window_moves="progressive", window_every=10)
+    assert [list(moving.window(Randomness(0, step, ()))) for step in (0, 10, 30, 40)] == [
+        [0, 1],
+        [1, 2],
+        [3, 4],
+        [0, 1],
+    ]
+    drawn = grpo(tiny, sampling, brightness, steps=6, window=2, window_moves="random")
+    starts = {drawn.window(Randomness(0, step, ())).start for step in range(60)}
+    assert starts == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="last step adds no noise"):
+        config(steps=4, window=4)
+
+
+def test_one_first_noise_for_a_group(tiny, sampling, brightness, grouped) -> None:
+    shared = prepared(grpo(tiny, sampling, brightness, same_noise=True), grouped).extra["states"][0]
+    assert torch.equal(shared[0], shared[3])
+    assert not torch.equal(shared[0], shared[4])
+    own = prepared(grpo(tiny, sampling, brightness), grouped).extra["states"][0]
+    assert not torch.equal(own[0], own[3])
+
+
+def test_advantages_ignore_offset_and_scale_and_idle_groups() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0, 4.0, 0.1, 0.1, 0.1, 0.1, float("nan"), 1.0, 2.0, 3.0]])
+    found, taught = group_advantages(rewards, 4)
+    assert taught.tolist() == [[True, False, False]]
+    assert not found[0, 4:].any()
+    assert found[0, :4].mean() == pytest.approx(0, abs=1e-6)
+    assert found[0, :4].std(correction=0) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(group_advantages(50 * rewards + 7, 4)[0], found, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="groups of 5"):
+        group_advantages(rewards, 5)
+
+
+def test_pooled_unit_lets_a_nearly_tied_group_teach_little() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.50, 0.51, 0.50, 0.51, 2.0, 2.0, 2.0, float("nan")]])
+    own, _ = group_advantages(rewards, 4)
+    pooled, taught = group_advantages(rewards, 4, "batch")
+    assert taught.tolist() == [[True, True, False]]
+    assert own[0, 4:8].abs().min() > 0.9
+    torch.testing.assert_close(pooled[0, 4:8] / pooled[0, :4], torch.full((4,), 0.01), atol=1e-4, rtol=0)
+    assert not pooled[0, 8:].any()
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of group"):
+        config(group=3)
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        config(group=1)
+    with pytest.raises(ValueError, match="held out"):
+        Weighted(Sharpness("held_out"))
+
+
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+from models.posttraining.advantages import weighted_advantages
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+slots = tuple(range(rank * 6, rank * 6 + 6))
+rewards = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
+mine, idle = weighted_advantages(rewards[:, list(slots)], [1.0, 0.5], 4, slots)
+print(json.dumps([mine.tolist(), float(idle)]))
+dist.destroy_process_group()
+"""
+
+
+def test_two_workers_have_the_advantages_of_one(tmp_path) -> None:
+    """Twelve samples in groups of four, six a worker: the middle group lies on both."""
+    rewards = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
+    expected, _ = weighted_advantages(rewards, [1.0, 0.5], 4, tuple(range(12)))
+    file = str(tmp_path / "meet")
+    runs = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), file], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    answers = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
+    torch.testing.assert_close(torch.tensor(answers[0][0] + answers[1][0]), expected, atol=1e-6, rtol=0)

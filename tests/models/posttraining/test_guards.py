@@ -1,0 +1,107 @@
+"""A planted reward that can be hacked: brightness is trained on, true worth is brightness near a value a little above
+the start's. Without guards the pictures become too bright; with them the run ends and the best weights are taken."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.engine.config import OptimizerConfig, TrainConfig
+from models.engine.loop import train
+from models.posttraining.config import GuardConfig, ReflConfig
+from models.posttraining.guards import TIMES, Guard, Look, Watched
+from models.posttraining.refl import Refl
+from models.posttraining.reward import Composite, RewardCard, Weighted
+
+OPTIMIZER = OptimizerConfig(muon_lr=None, adamw_lr=2e-3, warmup_steps=0, decay_from=1.0)
+TRAIN = TrainConfig(steps=60, batch_size=8, log_every=5, checkpoint_every=5, optimizer=OPTIMIZER, ema_gamma=1.0)
+
+
+class Worth:
+    """-(brightness - best)^2 per picture, best one tenth above that picture's start (by slot)."""
+
+    card = RewardCard("worth", -4.0, 0.0, "held_out")
+
+    def __init__(self) -> None:
+        self.target = 0.0
+
+    def __call__(self, pictures, asked):
+        return -((pictures.mean((1, 2, 3)) - self.target) ** 2)
+
+
+@pytest.fixture
+def toy(tiny, sampling, brightness, grouped):
+    def make(guarded: bool):
+        net, worth = tiny(0), Worth()
+        config = ReflConfig.model_validate(
+            {"train": TRAIN.model_dump(), "guard": {"every": 5}, "hinge": 50.0, "weight": 1.0, "pretraining": 0.01}
+        )
+        objective = Refl(net, Composite((Weighted(brightness),)), sampling, config)
+        asked = replace(grouped(900), extra={})
+        watched = Watched(asked, 4, brightness, worth, lambda x: x.flatten(1), sampling, 4)
+        guard = Guard(GuardConfig(every=5, min_diversity=0.0), "denoiser", net, watched)
+        worth.target = float(guard._first.trained.mean()) + 0.1
+        del guard.__dict__["_first"]
+        return objective, guard if guarded else None, guard
+
+    return make
+
+
+def test_hacked_without_guards_stopped_and_restored_with_them(toy, grouped, tmp_path) -> None:
+    objective, _, judge = toy(False)
+    free = train(objective, grouped, TRAIN, tmp_path / "free")
+    judge.look(free)
+    hacked = judge.looks[0]
+    assert hacked.trained > judge._first.trained.mean() + 0.3
+    assert hacked.held_out < judge._first.held_out.mean() - 0.02
+
+    objective, guard, _ = toy(True)
+    trainer = train(objective, grouped, TRAIN, tmp_path / "guarded", watch=guard)
+    assert guard.ended
+    assert trainer.step < TRAIN.steps
+    report = guard.report()
+    assert "held-out reward" in report["reasons"][0]
+    guard.looks.clear()
+    guard.look(trainer)
+    restored = guard.looks[0]
+    assert restored.held_out >= guard._first.held_out.mean()
+    assert restored.trained > guard._first.trained.mean()
+    best = max((look for look in report["looks"]), key=lambda look: look["held_out"])
+    assert best["step"] == report["taken"]
+    assert restored.held_out == pytest.approx(best["held_out"], abs=1e-7)
+
+
+def test_a_killed_guarded_run_ends_at_the_same_look_with_the_same_bits(toy, grouped, tmp_path) -> None:
+    objective, guard, _ = toy(True)
+    straight = train(objective, grouped, TRAIN, tmp_path / "straight", watch=guard)
+
+    class KilledError(Exception):
+        pass
+
+    def dying(step):
+        if step == 12:
+            raise KilledError
+        return grouped(step)
+
+    objective, broken, _ = toy(True)
+    with pytest.raises(KilledError):
+        train(objective, dying, TRAIN, tmp_path / "broken", watch=broken)
+    objective, again, _ = toy(True)
+    resumed = train(objective, grouped, TRAIN, tmp_path / "broken", watch=again)
+    assert again.report() == guard.report()
+    assert resumed.rows == straight.rows
+    own, other = (t.players["denoiser"].state_dict() for t in (straight, resumed))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    objective, finished, _ = toy(True)
+    train(objective, lambda step: pytest.fail("an ended run went on"), TRAIN, tmp_path / "broken", watch=finished)
+    assert finished.ended
+
+
+def test_faults_name_value_and_limit(toy) -> None:
+    _, guard, _ = toy(True)
+    good = Look(5, 0.1, -0.1, 0.0, 0.01, 1.0, (0.0,) * len(TIMES))
+    assert guard.faults(good) == []
+    guard.config = GuardConfig(every=5, min_diversity=0.8, max_drift=0.1)
+    assert "diversity 0.70" in guard.faults(replace(good, diversity=0.7))[0]
+    assert "at t=0.9" in guard.faults(replace(good, drift=(0.0, 0.0, 0.0, 0.0, 0.2)))[0]
+    assert guard.faults(replace(good, change=-0.03))[0].startswith("held-out reward -0.0300")

@@ -1,0 +1,158 @@
+"""The online stages on a random denoiser and an untrained judge: that they run, write, resume and refuse."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
+from data_curation.manifest import write_table
+from data_curation.scenes import SUBJECT_OBJECTS, Scene, all_scenes
+from infra.errors import ConfigError, DataRefused
+from infra.stages import Resources, StageContext, fan_out_here, no_progress
+from models.evaluation.judge import Judge, Vocabulary
+from models.networks import prx
+from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
+from models.networks.config import PrxConfig
+from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
+from tasks.online import Prompts, grpo, nft, prompt_batches, published, refl
+from tasks.preference import dpo, make_pairs
+from tasks.reward_model import part_of, reward_model
+
+TRAIN = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 1}
+SMALL = {"train": TRAIN, "prompts": {"count": 6}, "steps": 2, "guard": {"every": 1, "prompts": 1, "seeds": 2}}
+ONLINE = {
+    "grpo": (grpo, GrpoConfig.model_validate({**SMALL, "group": 2, "window": 1, "kl": 0.1})),
+    "nft": (nft, NftConfig.model_validate({**SMALL, "group": 2})),
+    "refl": (refl, ReflConfig.model_validate(SMALL)),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A judge, an encoded training set of random pictures, and a random checkpoint."""
+    root = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    subjects = [Scene("big", (name,), "white") for name in SUBJECT_OBJECTS]
+    Judge.build(Vocabulary.of([*all_scenes("full"), *subjects]), 4, 16, 0.5).save(root / "judge")
+    small = PrxConfig(hidden_size=32, depth=1, num_heads=2, patch_size=4, mlp_ratio=2.0)
+    denoiser = prx.build(small, torch.zeros(small.text_dim), torch.ones(small.text_dim), 0)
+    torch.nn.init.normal_(denoiser.transformer.final_layer.linear.weight)
+    write_checkpoint(root / "sft", denoiser, SamplingCard(steps=2))
+    data, dim = root / "data", small.text_dim
+    data.mkdir()
+    row = {
+        "resolution": 32,
+        "width": 32,
+        "height": 32,
+        "caption_short": 1,
+        "caption_long": 1,
+        "domain": "basic",
+        "split": "train",
+    }
+    write_table([{**row, "row_id": str(i), "position": i} for i in range(8)], INDEX_SCHEMA, data / "index.parquet")
+    write_table(
+        [{"id": i, "text": text} for i, text in enumerate(("", "a cat"))], CAPTIONS_SCHEMA, data / "captions.parquet"
+    )
+    rng = np.random.default_rng(0)
+    text = {"tokens": rng.normal(size=(5, dim)).astype(np.float16), "offsets": np.array([0, 2, 5])}
+    save_file(text | {"mean": np.zeros(dim, np.float32), "std": np.ones(dim, np.float32)}, data / "text.safetensors")
+    images = rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    save_file({"images": images, "teacher": np.zeros((8, 8, 8, 0), np.float16)}, data / "images-32x32.safetensors")
+    return {"judge": root / "judge", "init": root / "sft", "data": data}
+
+
+def context(name, inputs, tmp_path) -> StageContext:
+    out, scratch = tmp_path / f"{name}-out", tmp_path / f"{name}-scratch"
+    out.mkdir()
+    scratch.mkdir()
+    return StageContext(name, inputs, {}, out, scratch, Resources(), no_progress, fan_out_here)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_stage_writes_moved_weights_and_what_its_guard_saw(name, inputs, tmp_path) -> None:
+    run, config = ONLINE[name]
+    ctx = context(name, inputs, tmp_path)
+    facts = run(config, ctx)
+    guard = json.loads((ctx.out / "guard.json").read_text())
+    assert guard == json.loads(json.dumps(facts["guard"]))
+    assert guard["looks"][0]["step"] == 0
+    assert guard["looks"][0]["change"] == 0
+    assert guard["looks"][1]["drift"][0] > 0
+    before, after = (
+        load_file(p / "transformer" / "diffusion_pytorch_model.safetensors") for p in (inputs["init"], ctx.out)
+    )
+    moved = any(not torch.equal(before[key], after[key]) for key in before)
+    assert moved == (guard["taken"] > 0)
+    assert read_card(ctx.out) == read_card(inputs["init"])
+
+
+def test_pairs_train_a_guarded_dpo_and_a_reward_model(inputs, tmp_path) -> None:
+    pairs = context("pairs", inputs, tmp_path)
+    make_pairs(PairsConfig(prompts=60, group=2, steps=1, min_gap=0.0), pairs)
+    with_pairs = {**inputs, "pairs": pairs.out}
+    tuned = dpo(
+        DpoConfig.model_validate({"train": TRAIN, "guard": SMALL["guard"]}), context("dpo", with_pairs, tmp_path)
+    )
+    assert tuned["guard"]["looks"][0]["step"] == 0
+    trained = context("reward", with_pairs, tmp_path)
+    facts = reward_model(RewardModelConfig.model_validate({"train": TRAIN, "validation": 0.5}), trained)
+    assert sum(facts["pairs"].values()) <= 60
+    rewarded = {**SMALL, "group": 2, "window": 1, "rewards": [{"kind": "model"}, {"kind": "sharpness", "weight": 0.5}]}
+    ctx = context("rewarded", {**inputs, "reward": trained.out}, tmp_path)
+    last = grpo(GrpoConfig.model_validate(rewarded), ctx)["last"]
+    assert {"reward-model", "sharpness"} <= last.keys()
+
+
+def test_ties_are_refused(inputs, tmp_path) -> None:
+
+    pairs = context("pairs", inputs, tmp_path)
+    make_pairs(PairsConfig(prompts=8, group=2, steps=1, min_gap=0.0), pairs)
+    table = pq.read_table(pairs.out / "pairs.parquet")
+    column = table.schema.get_field_index("strength")
+    values = table["strength"].to_numpy().copy()
+    values[3] = 0.0
+
+    pq.write_table(table.set_column(column, "strength", pa.array(values)), pairs.out / "pairs.parquet")
+    with pytest.raises(DataRefused, match="row 3 has strength 0"):
+        reward_model(RewardModelConfig(), context("reward", {**inputs, "pairs": pairs.out}, tmp_path))
+
+
+def test_a_distilled_student_is_refused(inputs, tmp_path) -> None:
+    write_checkpoint(tmp_path / "student", prx.load(inputs["init"] / "transformer"), SamplingCard(distilled=True))
+    run, config = ONLINE["grpo"]
+    with pytest.raises(ValueError, match="distilled student"):
+        run(config, context("grpo", {**inputs, "init": tmp_path / "student"}, tmp_path))
+
+
+def test_prompts_of_training_guard_and_evaluation_are_apart() -> None:
+    scenes = published(50, 3)
+    assert len({scene.id for scene in scenes}) == 50
+    assert not any(scene.held_out for scene in scenes)
+    others = published(20, 3, {scene.id for scene in scenes})
+    assert not {scene.id for scene in scenes} & {scene.id for scene in others}
+    with pytest.raises(ConfigError, match="published scenes"):
+        published(100_000, 0)
+
+
+def test_a_group_is_neighbouring_slots_and_an_epoch_asks_every_prompt_once() -> None:
+    prompts = Prompts(tuple(published(6, 0)), torch.zeros(6, 2, 4), torch.ones(6, 2, dtype=torch.bool), 6)
+    train = SimpleNamespace(batch_size=4, seed=0)
+    batches = prompt_batches(prompts, 32, train, 2)
+    asked = torch.cat([batches(step).extra["scene"] for step in range(3)]).view(-1, 2)
+    assert torch.equal(asked[:, 0], asked[:, 1])
+    assert sorted(asked[:, 0].tolist()) == list(range(6))
+    assert torch.equal(batches(2).extra["scene"], batches(2).extra["scene"])
+
+
+def test_the_split_follows_the_prompt() -> None:
+    parts = [part_of(f"prompt {i}", 0.4, 0) for i in range(2000)]
+    assert parts.count("train") / 2000 == pytest.approx(0.6, abs=0.04)
+    assert parts.count("report") / 2000 == pytest.approx(0.2, abs=0.03)
+    assert part_of("prompt 5", 0.4, 0) == parts[5]
