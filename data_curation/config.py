@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config
+from infra.local_files import fingerprint
 
 _MACHINE: dict[str, Any] = {"versioned": False}
 
@@ -23,21 +23,6 @@ class DemoWebConfig(Config):
     shortest_side: int = Field(default=96, ge=64, le=512, description="Least width and height of a sound picture, px.")
     longest_side: int = Field(default=512, ge=128, le=2048, description="Greatest width and height, px.")
     seed: int = Field(default=0, ge=0, description="Seed of the whole web.")
-
-
-def fingerprint(path: Path) -> str | None:
-    """Digest of a file's bytes, or of a folder's names, sizes and times; None where there is nothing."""
-    path = path.expanduser()
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for item in sorted(path.rglob("*")):
-        if item.is_file():
-            digest.update(f"{item.relative_to(path)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 class OwnData(Config):
@@ -76,6 +61,23 @@ class FolderSource(OwnData):
     path: Path = Field(description="Folder, searched recursively.")
     domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
     caption_from_name: bool = Field(default=True, description="Without a .txt file, use the file name as caption.")
+
+
+class SubjectFolder(OwnData):
+    """A few pictures of one subject, each with an optional caption in a .txt file of the same name."""
+
+    path: Path = Field(description="Folder, searched recursively.")
+    fewest: int = Field(default=3, ge=1, description="Least number of pictures.")
+    most: int = Field(default=30, ge=1, description="Greatest number of pictures.")
+    least_side: int = Field(default=32, ge=8, description="Least width and height, px: the side the model draws.")
+    max_bytes: int = Field(default=50_000_000, ge=1_000, description="Greatest file.")
+    max_pixels: int = Field(default=64_000_000, ge=10_000, description="Greatest area, read from the header.")
+    decode_memory_mb: int = Field(
+        default=1_024, ge=256, le=65_536, description="Memory a decoder may take, MiB.", json_schema_extra=_MACHINE
+    )
+    decode_seconds: float = Field(
+        default=20, gt=0, le=600, description="Time one picture's decoding may take.", json_schema_extra=_MACHINE
+    )
 
 
 Source = Annotated[DemoWebConfig | ListSource | FolderSource, Field(discriminator="kind")]

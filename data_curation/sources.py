@@ -11,10 +11,11 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from data_curation.config import FolderSource, ListSource, fingerprint
+from data_curation.config import FolderSource, ListSource
 from data_curation.demo_web import HOST
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
 from infra.errors import ConfigError, DataRefused
+from infra.local_files import fingerprint
 
 if TYPE_CHECKING:
     from infra.stages import StageContext
