@@ -34,6 +34,7 @@ TRAITS: dict[str, Traits] = {
     "publish_demo_web": Traits("source"),
     "read_list": Traits("source"),
     "read_folder": Traits("source"),
+    "read_subject": Traits("subject"),
     "download": Traits("manifest", version=2),
     "deduplicate": Traits("manifest"),
     "filter_quality": Traits("manifest"),
@@ -43,12 +44,13 @@ TRAITS: dict[str, Traits] = {
     "flow_matching": Traits("checkpoint", runs="train"),
     "make_pairs": Traits("pairs", version=2),
     "dpo": Traits("checkpoint", runs="train", version=2),
-    "dreambooth": Traits("checkpoint", runs="train", version=3),
+    "dreambooth": Traits("checkpoint", runs="train", version=4),
+    "mix": Traits("checkpoint"),
     "teacher_pairs": Traits("pairs"),
     "distill": Traits("checkpoint", runs="train", version=2),
     "compare": Traits("scores"),
-    "evaluate": Traits("scores"),
-    "export": Traits("pipelines", version=4),
+    "evaluate": Traits("scores", version=2),
+    "export": Traits("pipelines", version=5),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }
@@ -78,6 +80,7 @@ def stage_function(name: str) -> StageFunction:
             "publish_demo_web"
             | "read_list"
             | "read_folder"
+            | "read_subject"
             | "download"
             | "deduplicate"
             | "filter_quality"
@@ -85,7 +88,7 @@ def stage_function(name: str) -> StageFunction:
             | "encode"
         ):
             return _curation(name)
-        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "teacher_pairs" | "distill":
+        case "flow_matching" | "make_pairs" | "dpo" | "dreambooth" | "mix" | "teacher_pairs" | "distill":
             return _training(name)
         case "train_judge" | "compare" | "evaluate" | "export" | "report" | "promote":
             return _proof(name)
@@ -105,6 +108,10 @@ def _curation(name: str) -> StageFunction:
             from data_curation.sources import read_source
 
             return StageFunction(config.ListSource if name == "read_list" else config.FolderSource, read_source)
+        case "read_subject":
+            from data_curation.subject import read_subject
+
+            return StageFunction(config.SubjectFolder, read_subject)
         case "download":
             from data_curation.download import download
 
@@ -149,6 +156,11 @@ def _training(name: str) -> StageFunction:
             from tasks.personalize import dreambooth
 
             return StageFunction(DreamBoothConfig, dreambooth)
+        case "mix":
+            from models.personalization.config import MixConfig
+            from tasks.mix import mix
+
+            return StageFunction(MixConfig, mix)
         case "teacher_pairs":
             from models.distillation.config import PairStoreConfig
             from tasks.teacher_pairs import teacher_pairs

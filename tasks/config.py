@@ -43,6 +43,7 @@ class SubjectConfig(Config):
     phrase: str = Field(
         default="zwx robot", min_length=1, description="What a prompt calls the subject: token and class"
     )
+    mixed: tuple[str, ...] = Field(default=(), description="Mixes that must know the subject beside others")
     prompts: int = Field(default=48, ge=4, description="How many subject pictures are drawn and judged")
 
 

@@ -7,6 +7,7 @@ That two adapters are orthogonal does not make their concepts compose (arXiv:251
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +47,18 @@ def interference(one: Adapter, two: Adapter) -> Interference:
         (u_1, v_1), (u_2, v_2) = subspaces(a_1, b_1), subspaces(a_2, b_2)
         rank = max(u_1.shape[1], u_2.shape[1])
         means += torch.tensor([overlap(u_1, u_2), overlap(v_1, v_2), rank / b_1.shape[0], rank / a_1.shape[1]])
-    means /= max(1, len(shared))
+    outputs, inputs, chance_out, chance_in = (means / max(1, len(shared))).tolist()
     norm_1, norm_2 = norm(one), norm(two)
     cosine = dot / (norm_1 * norm_2) if norm_1 * norm_2 > 0 else 0.0
     return Interference(
-        len(shared), cosine, *(float(mean) for mean in means), conflict / common if common > 0 else 0.0,
+        len(shared), cosine, outputs, inputs, chance_out, chance_in, conflict / common if common > 0 else 0.0,
         norm_1 / norm_2 if norm_2 > 0 else float("inf"),
     )  # fmt: skip
 
 
 def norm(adapter: Adapter) -> float:
     """Frobenius norm of all changes together."""
-    return sum(float((b @ a).double().square().sum()) for a, b in adapter.layers.values()) ** 0.5
+    return math.sqrt(sum(float((b @ a).double().square().sum()) for a, b in adapter.layers.values()))
 
 
 def subspaces(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

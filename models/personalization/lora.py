@@ -58,8 +58,8 @@ def check_targets(module: nn.Module, config: LoraConfig) -> None:
         if not any(_fits(key, name) for name in chosen):
             raise ValueError(f"lora pattern {key!r} matches no target layer, such as {min(chosen)}; correct its name")
     for name, sides in sorted(chosen.items(), key=lambda item: min(item[1])):
-        key = next((key for key in config.rank_pattern if _fits(key, name)), None)
-        rank, field = (config.rank, "rank") if key is None else (config.rank_pattern[key], f"rank_pattern.{key}")
+        own: str | None = next((key for key in config.rank_pattern if _fits(key, name)), None)
+        rank, field = (config.rank, "rank") if own is None else (config.rank_pattern[own], f"rank_pattern.{own}")
         if rank > min(sides):
             raise ValueError(
                 f"lora.{field}={rank} exceeds the smaller side of {name}, {sides[1]} to {sides[0]}; "

@@ -45,7 +45,8 @@ class Adapter:
         if layer not in self.magnitudes:
             return b @ a
         moved = weight + b @ a
-        return (self.magnitudes[layer] / moved.norm(dim=1)).unsqueeze(1) * moved - weight
+        lengths: Tensor = self.magnitudes[layer] / torch.linalg.vector_norm(moved, dim=1)
+        return lengths.unsqueeze(1) * moved - weight
 
     @property
     def ranks(self) -> dict[str, int]:
