@@ -35,7 +35,7 @@ from tasks.personalize import dreambooth
 STAGE, PARENT = "dreambooth-robot", "dpo"
 ACCURACY, DRIFT, SECONDS, GAP, BYTES, KEPT = 0.6, 0.1, 90, 0.6, 0.03, 0.85
 PICTURES, PROMPTS = 5, 120
-TOKENS = {"robot": "naia", "octopus": "patna"}
+TOKENS = {"robot": "eels", "octopus": "vox"}
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,33 @@ def test_batch_mean_is_instance_loss_plus_weighted_prior_loss() -> None:
     assert alone.weight.tolist() == [1.0] * 8
 
 
+@pytest.mark.parametrize("reference", [True, False], ids=["prediction", "pictures"])
+def test_the_loss_is_instance_plus_weight_times_prior(reference, tiny) -> None:
+    """Test 16: L(w) = L_instance + w L_prior, each the mean over its own half; w = 0 leaves the subject alone."""
+    generator = torch.Generator().manual_seed(5)
+
+    def some(count: int) -> Pictures:
+        return Pictures(torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1,
+                        torch.randn(count, 2, 16, generator=generator), torch.ones(count, 2).bool())  # fmt: skip
+
+    instance, prior, slots = some(3), some(5), tuple(range(8))
+    adapted = tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    shake(adapted)
+    objective = DreamBooth(adapted, TimestepConfig(), tiny(0) if reference else None)
+
+    def loss(weight: float, keep: bool | None = None) -> float:
+        batch = mixed_batches(instance, prior, weight, slots, 0)(0)
+        if keep is not None:
+            batch.weight = 2.0 * (batch.extra["prior"] == keep)
+        return float(objective.loss("denoiser", objective.prepare(batch, Randomness(0, 0, slots))).total.detach())
+
+    of_instance, of_prior = loss(1.0, keep=False), loss(1.0, keep=True)
+    assert of_prior > 1e-3
+    for weight in (0.0, 0.25, 3.0):
+        assert loss(weight) == pytest.approx(of_instance + weight * of_prior, abs=1e-6, rel=1e-6)
+
+
 def class_gradient(objective: DreamBooth, batch) -> float:
     """Norm of the adapter's gradient when only class pictures count."""
     prepared = objective.prepare(batch, Randomness(0, 0, batch.slots))
