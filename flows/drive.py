@@ -81,13 +81,14 @@ def made(record: Record, root: str) -> dict[str, str]:
     store = open_store(root, create=False)
     stages = {entry["name"]: entry for entry in record["stages"]}
     name = str(record["name"])
-    learnt = store.find(name, stages[name]["key"])
-    assert learnt is not None  # the run has just made sure of it
-    folder, pipelines = store.local(learnt), record["exports"]
+    learnt, exported = (store.find(each, stages[each]["key"]) for each in (name, f"{name}-export"))
+    assert learnt is not None  # the run has just made sure of both
+    assert exported is not None
+    folder, pipelines = store.local(learnt), store.local(exported)
     return {
         "run": str(record["run"]), "token": str(learnt.facts["token"]), "class": str(record["subject"]["class_word"]),
         "adapter": str(folder / "adapter"), "checkpoint": str(folder), "grid": str(folder / "grid.png"),
-        "pipeline": str(next(iter(pipelines.values()), "")),
+        "pipeline": str(next(path for path in pipelines.iterdir() if path.is_dir())),
     }  # fmt: skip
 
 

@@ -20,13 +20,14 @@ from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
 from models.personalization.lora import add_lora, merge, save_forms, since
-from models.personalization.rare_token import find_tokens, refuse_token
+from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import Generator, load_generator
 from tasks.subject_pictures import Subject, demo_subject, own_subject
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
 
 SHOWN = 8  # pictures of the subject in grid.png
+FOREIGN = 48  # other rare tokens in prior prompts
 
 
 def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": token})
     subject = subject_of(config, ctx, token, card)
     instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
-    prior = _prior(config, ctx, data.set.captions, card.prompt_max_tokens)
+    prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
     denoiser, base = (prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std) for _ in range(2))
     add_lora(denoiser, config.lora, config.train.seed)
     start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
@@ -87,26 +88,41 @@ def show(subject: Subject, tuned: Generator, base: Generator, ctx: StageContext)
     save_grid(np.concatenate(rows), ctx.out / "grid.png", columns=len(captions))
 
 
-def _prior(config: DreamBoothConfig, ctx: StageContext, captions: list[str], max_tokens: int) -> Pictures:
+def _prior(config: DreamBoothConfig, ctx: StageContext, captions: list[str], token: str, max_tokens: int) -> Pictures:
     """The base model's pictures of ordinary prompts."""
     count = config.class_pictures if config.prior_weight > 0 else 0
     if count == 0:
         return Pictures(torch.empty(0), torch.empty(0), torch.empty(0))
-    prompts = _class_prompts(config, captions, count)
+    prompts = class_prompts(config, captions, token, count)
     generator = load_generator(ctx.inputs["init"])
     images = generator.sample(prompts, [derive_seed(config.train.seed, "class", i) for i in range(count)])
     return _pictures(images, prompts, max_tokens)
 
 
-def _class_prompts(config: DreamBoothConfig, captions: list[str], count: int) -> list[str]:
-    """For a demo subject published scenes; else captions of the training set, every fourth the bare class."""
+def class_prompts(config: DreamBoothConfig, captions: list[str], token: str, count: int) -> list[str]:
+    """Published scenes for a demo subject, else training captions and every fourth the bare class; a share is foreign.
+
+    A foreign prompt has another rare token before the class or, for a demo subject, every other time before its noun.
+    """
     rng = np.random.default_rng([config.train.seed, 78])
     if config.folder is None:
         published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
-        return [demo.short_caption(published[i]) for i in rng.integers(0, len(published), count)]
-    bare = [template.replace("{subject}", config.class_word) for template in config.templates]
-    picked = rng.integers(1, len(captions), count) if len(captions) > 1 else np.zeros(count, int)  # 0 is empty
-    return [bare[i // 4 % len(bare)] if i % 4 == 0 else captions[int(picked[i])] for i in range(count)]
+        scenes = [published[i] for i in rng.integers(0, len(published), count)]
+        prompts, nouns = [demo.short_caption(scene) for scene in scenes], [scene.objects[0] for scene in scenes]
+        frames = [prompt.replace(noun, "{subject}") for prompt, noun in zip(prompts, nouns, strict=True)]
+    else:
+        frames = [config.templates[i % len(config.templates)] for i in range(count)]
+        nouns = [config.class_word] * count
+        picked = rng.integers(1, len(captions), count) if len(captions) > 1 else np.zeros(count, int)  # 0 is empty
+        bare = [frame.replace("{subject}", config.class_word) for frame in frames]
+        prompts = [bare[i] if i % 4 == 0 else captions[int(picked[i])] for i in range(count)]
+    tokenizer: PreTrainedTokenizerBase = text_encoder.modules()[1]
+    others = [other for other in rarest(tokenizer, captions, config.class_word, FOREIGN) if other != token]
+    if not others:
+        return prompts
+    foreign, other = rng.random(count) < config.foreign_share, rng.integers(0, len(others), count)
+    phrases = [f"{others[int(other[i])]} {nouns[i] if i % 2 else config.class_word}" for i in range(count)]
+    return [frames[i].replace("{subject}", phrases[i]) if foreign[i] else prompts[i] for i in range(count)]
 
 
 def _pictures(images: np.ndarray, captions: list[str], max_tokens: int) -> Pictures:

@@ -26,7 +26,7 @@ from models.personalization.config import DreamBoothConfig, MixConfig
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import load_generator
 from tasks.mix import mix
-from tasks.personalize import dreambooth
+from tasks.personalize import class_prompts, dreambooth
 
 CAPTIONS = ["", "a big apple on a blue background", "two cats side by side on a white background"]
 SHORT = {
@@ -175,6 +175,23 @@ def test_found_tokens_are_single_rare_unused_and_ranked_by_response(places) -> N
     assert all(tokenizer.tokenize(each.token) == [each.token] for each in found)
     assert [each.response for each in found] == sorted(each.response for each in found)
     assert 0 < found[0].response < found[-1].response
+
+
+@pytest.mark.parametrize("subject", ["robot", "./own/"])
+def test_prior_prompts_name_other_tokens_in_their_share_and_never_the_subjects(subject) -> None:
+    settings = {"subject": subject, "fingerprint": "known", "class_word": "toy", "foreign_share": 0.25}
+    others = set(rarest(text_encoder.modules()[1], CAPTIONS, "toy", 48))
+    own = sorted(others)[0]
+    prompts = class_prompts(DreamBoothConfig.model_validate(settings), CAPTIONS, own, 400)
+    words = [set(prompt.split()) for prompt in prompts]
+    assert not any(own in each for each in words)
+    assert np.mean([bool(each & others) for each in words]) == pytest.approx(0.25, abs=0.08)
+    assert all("{" not in prompt for prompt in prompts)
+    plain = class_prompts(DreamBoothConfig.model_validate(settings | {"foreign_share": 0.0}), CAPTIONS, own, 400)
+    assert not any(set(prompt.split()) & others for prompt in plain)
+    assert plain != prompts
+    if subject != "robot":
+        assert set(plain) <= {*CAPTIONS[1:], "a toy", "a big toy", "a picture of a toy", "one toy"}
 
 
 def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(places) -> None:
