@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from infra import local_files
 from infra.config import Config
 
 _MACHINE: dict[str, Any] = {"versioned": False}
@@ -31,17 +31,7 @@ def fingerprint(path: str) -> str | None:
         from data_curation.remote import tag_of
 
         return tag_of(path)
-    place = Path(path).expanduser()
-    if place.is_file():
-        with place.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not place.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for item in sorted(place.rglob("*")):
-        if item.is_file():
-            digest.update(f"{item.relative_to(place)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return local_files.fingerprint(Path(path))
 
 
 class OwnData(Config):
@@ -89,6 +79,23 @@ class FolderSource(OwnData):
     )
     domain: str = Field(default="basic", min_length=1, description="Domain written to every row.")
     caption_from_name: bool = Field(default=True, description="Without a caption, use the file name as caption.")
+
+
+class SubjectFolder(OwnData):
+    """A few pictures of one subject, each with an optional caption in a .txt file of the same name."""
+
+    path: str = Field(description="Folder, searched recursively.")
+    fewest: int = Field(default=3, ge=1, description="Least number of pictures.")
+    most: int = Field(default=30, ge=1, description="Greatest number of pictures.")
+    least_side: int = Field(default=32, ge=8, description="Least width and height, px: the side the model draws.")
+    max_bytes: int = Field(default=50_000_000, ge=1_000, description="Greatest file.")
+    max_pixels: int = Field(default=64_000_000, ge=10_000, description="Greatest area, read from the header.")
+    decode_memory_mb: int = Field(
+        default=1_024, ge=256, le=65_536, description="Memory a decoder may take, MiB.", json_schema_extra=_MACHINE
+    )
+    decode_seconds: float = Field(
+        default=20, gt=0, le=600, description="Time one picture's decoding may take.", json_schema_extra=_MACHINE
+    )
 
 
 Source = Annotated[DemoWebConfig | ListSource | FolderSource, Field(discriminator="kind")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shlex
 import signal
 import sys
@@ -120,6 +121,30 @@ def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="Wha
 
     paths = draw(name, prompts, stage, seed, out, root)
     _print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
+
+
+@app.command()
+def personalize(folder: Annotated[Path, typer.Argument(help="Folder with 3 to 30 pictures of one subject, each with an optional .txt caption")], name: Annotated[str, typer.Option(help="Name of the subject: small letters, digits and hyphens")], run: Annotated[str, typer.Option(help="Finished run whose model learns it, or latest")] = "latest", class_word: Annotated[str | None, typer.Option(help="What the subject is, such as dog [default: the name]")] = None, token: Annotated[str | None, typer.Option(help="Rare word that will stand for it [default: one is found]")] = None, steps: Annotated[int | None, typer.Option(min=1, help="Training steps [default: the run's]")] = None, rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter [default: the run's]")] = None, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Teach a finished run's model a subject from a few pictures of it."""
+    from flows.drive import made, run_personalize
+
+    _refuse_folder(folder, name)
+    changes = {"class_word": class_word, "token": token, "steps": steps, "rank": rank}
+    record = _interruptible(lambda: run_personalize(folder, name, run, changes, root, _display()), root, as_json)
+    found = made(dict(record), root)
+    if as_json:
+        _print(json.dumps(found))
+    else:
+        _print("\n".join(f"{what:<11}{where}" for what, where in found.items()))
+        _print(f"next: t2i sample {found['run']} 'a {found['token']} {found['class']}' --root {root}")
+
+
+def _refuse_folder(folder: Path, name: str) -> None:
+    """What can be known to be wrong before anything starts."""
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ConfigError(f"--name {name!r} is no name of a stage; use small letters, digits and single hyphens")
+    if not folder.expanduser().is_dir():
+        raise ConfigError(f"folder {folder} does not exist; give a folder with 3 to 30 pictures of one subject")
 
 
 @app.command()

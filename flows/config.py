@@ -10,7 +10,7 @@ from data_curation.config import DataConfig
 from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
-from models.personalization.config import DreamBoothConfig
+from models.personalization.config import DreamBoothConfig, MixConfig
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
 from models.pretraining.config import FlowMatchingConfig
 from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
@@ -86,6 +86,7 @@ class LifecycleConfig(Config):
     personalize_from: str | None = Field(
         default=None, description="Stage they start from; null: the last of post-training"
     )
+    mix: tuple[MixConfig, ...] = Field(default=(), description="Several subjects in one model")
     distill: tuple[DistillConfig, ...] = Field(default=(), description="Students")
     distill_from: str | None = Field(default=None, description="Their teacher's stage; null: the last of post-training")
     distill_pairs: tuple[PairStoreConfig, ...] = Field(
@@ -109,7 +110,8 @@ class LifecycleConfig(Config):
     def checkpoints(self) -> tuple[str, ...]:
         """Names of every stage that makes a checkpoint."""
         post = () if self.posttrain.sft is None else (self.posttrain.sft.name,)
-        subjects, students = (stage.name for stage in self.personalize), (stage.name for stage in self.distill)
+        subjects = (*(stage.name for stage in self.personalize), *(mix.name for mix in self.mix))
+        students = (stage.name for stage in self.distill)
         return (*(stage.name for stage in self.pretrain), *post, *self.posttrain.branches, *subjects, *students)
 
     @model_validator(mode="after")
@@ -118,6 +120,12 @@ class LifecycleConfig(Config):
         if twice:
             raise ValueError(f"stage name {twice[0]!r} is used twice; give every stage its own name")
         self._distillation_fits()
+        learnt = [stage.name for stage in self.personalize]
+        for mix in self.mix:
+            if unknown := sorted(set(mix.adapters) - set(learnt)):
+                raise ValueError(
+                    f"mix {mix.name!r} names {unknown}, which is no personalize stage; choose from {learnt}"
+                )
         taught = set(self.data.encode.teacher_resolutions)
         for stage in self.pretrain:
             if stage.repa is not None and (missing := sorted(set(stage.select.resolutions) - taught)):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar, assert_never
 
-from data_curation.config import DataConfig
+from data_curation.config import DataConfig, SubjectFolder
 from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
 from infra.stages import StageSpec
+from models.personalization.config import DreamBoothConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
 
@@ -91,12 +92,23 @@ def rewards(stage: GrpoConfig | NftConfig | ReflConfig, post: PosttrainConfig) -
 
 
 def personalization(config: LifecycleConfig) -> list[StageSpec]:
-    """One adapter per subject."""
-    start = config.personalize_from or config.chain[-1]
-    return [
-        spec_of(stage.name, "dreambooth", seeded(stage, config.seed), data="encode", init=start)
-        for stage in config.personalize
-    ]
+    """One adapter per subject, each from the same checkpoint, then their mixes."""
+    start, specs = config.personalize_from or config.chain[-1], list[StageSpec]()
+    for stage in config.personalize:
+        specs += personalized(stage, config.pretrain[-1].sampling.side, config.seed, start)
+    for mix in config.mix:
+        specs.append(spec_of(mix.name, "mix", mix, init=start, **{name: name for name in mix.adapters}))
+    return specs
+
+
+def personalized(stage: DreamBoothConfig, side: int, seed: int, start: str) -> list[StageSpec]:
+    """The stage that learns a subject; the pictures of a folder are read in a stage before it."""
+    inputs, specs = {"data": "encode", "init": start}, list[StageSpec]()
+    if stage.folder is not None:
+        inputs["subject"] = f"{stage.name}-pictures"
+        folder = SubjectFolder(path=stage.folder, fingerprint=stage.fingerprint, least_side=side)
+        specs.append(spec_of(inputs["subject"], "read_subject", folder))
+    return [*specs, spec_of(stage.name, "dreambooth", seeded(stage, seed), **inputs)]
 
 
 def distillation(config: LifecycleConfig) -> list[StageSpec]:
@@ -125,7 +137,8 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     checkpoints = {name: name for name in config.checkpoints}
     exports = {"teacher": config.distill_from or config.chain[-1]}
     exports |= student_exports(config)
-    exports |= {f"lora-{stage.subject}": stage.name for stage in config.personalize}
+    exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
+    exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | (
         {"pairs": config.posttrain.pairs.name} if config.posttrain.needs_pairs else {}

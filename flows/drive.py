@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from infra.embedded import prefect_server
 from infra.errors import ConfigError
 from infra.local_files import local_path
 from infra.storage import Store, open_store
+from models.personalization.config import DreamBoothConfig
 
 
 def run_lifecycle(config: LifecycleConfig, rows: Sequence[PlanRow], force: list[str], display: Display) -> Record:
@@ -45,6 +46,52 @@ def run_stage(run_id: str, stage: str, force: bool, root: str, display: Display)
     return record
 
 
+def run_personalize(
+    folder: Path, name: str, run_id: str, changes: Mapping[str, Any], root: str, display: Display
+) -> Record:
+    """Learn a subject of one's own on a finished run as a Prefect flow."""
+    use_display(display)
+    store = open_store(root, create=False)
+    recorded = store.read_run(run_id)
+    recorded = store.read_run(recorded.get("personalizes", recorded["run"]))  # the latest may be another subject's
+    config = parse(LifecycleConfig, recorded["config"], f"the record of run {recorded['run']}")
+    stage = own_stage(config, folder, name, changes)
+    with prefect_server(home_of(root)):
+        from flows.personalize import personalize_flow
+
+        record: Record = personalize_flow(str(recorded["run"]), stage, root)
+    return record
+
+
+def own_stage(config: LifecycleConfig, folder: Path, name: str, changes: Mapping[str, Any]) -> DreamBoothConfig:
+    """Settings of a subject of one's own: those of the run's first personalize stage, but for the subject."""
+    model = config.personalize[0] if config.personalize else DreamBoothConfig()
+    fresh = {"name": f"dreambooth-{name}", "subject": f"{folder.expanduser().absolute()}/", "fingerprint": None,
+             "token": None, "class_word": name.replace("-", " ")}  # fmt: skip
+    given = {key: value for key, value in changes.items() if value is not None}
+    train = model.train.model_dump() | ({"steps": given.pop("steps")} if "steps" in given else {})
+    lora = model.lora.model_dump() | ({"rank": given.pop("rank")} if "rank" in given else {})
+    return parse(
+        DreamBoothConfig, model.model_dump() | fresh | given | {"train": train, "lora": lora}, f"subject {name}"
+    )
+
+
+def made(record: Record, root: str) -> dict[str, str]:
+    """What learning a subject left behind: folders and files by what they are."""
+    store = open_store(root, create=False)
+    stages = {entry["name"]: entry for entry in record["stages"]}
+    name = str(record["name"])
+    learnt, exported = (store.find(each, stages[each]["key"]) for each in (name, f"{name}-export"))
+    assert learnt is not None  # the run has just made sure of both
+    assert exported is not None
+    folder, pipelines = store.local(learnt), store.local(exported)
+    return {
+        "run": str(record["run"]), "token": str(learnt.facts["token"]), "class": str(record["subject"]["class_word"]),
+        "adapter": str(folder / "adapter"), "checkpoint": str(folder), "grid": str(folder / "grid.png"),
+        "pipeline": str(next(path for path in pipelines.iterdir() if path.is_dir())),
+    }  # fmt: skip
+
+
 def home_of(root: str) -> Path:
     """Where Prefect keeps its database for runs under `root`."""
     if "://" in root and not root.startswith("file://"):
@@ -70,10 +117,11 @@ def draw(run_id: str, prompts: Sequence[str], stage: str | None, seed: int, out:
 
 def _checkpoint(store: Store, record: dict[str, Any], stage: str | None) -> Artifact:
     config = parse(LifecycleConfig, record["config"], f"the record of run {record['run']}")
-    wanted = stage or config.chain[-1]
+    known = (str(record["name"]),) if "personalizes" in record else config.checkpoints
+    wanted = stage or (known[0] if "personalizes" in record else config.chain[-1])
     entries = {entry["name"]: entry for entry in record["stages"]}
-    if wanted not in config.checkpoints:
-        raise ConfigError(f"stage {wanted!r} makes no checkpoint; choose one of {', '.join(config.checkpoints)}")
+    if wanted not in known:
+        raise ConfigError(f"stage {wanted!r} makes no checkpoint; choose one of {', '.join(known)}")
     entry = entries.get(wanted, {})
     found = store.find(wanted, entry["key"]) if entry.get("digest") else None
     if found is None:

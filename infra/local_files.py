@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,21 @@ def local_path(root: str) -> Path:
             f"root {root!r} names the host {parsed.netloc!r}; a file address has three slashes: file:///path"
         )
     return Path(os.path.abspath(unquote(parsed.path)))
+
+
+def fingerprint(path: Path) -> str | None:
+    """Digest of a file's bytes, or of a folder's names, sizes and times; None where there is nothing."""
+    path = path.expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for item in sorted(path.rglob("*")):
+        if item.is_file():
+            digest.update(f"{item.relative_to(path)}|{item.stat().st_size}|{item.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -34,6 +34,7 @@ TRAITS: dict[str, Traits] = {
     "publish_demo_web": Traits("source", version=2),
     "read_list": Traits("source", version=2),
     "read_folder": Traits("source", version=2),
+    "read_subject": Traits("subject"),
     "download": Traits("manifest", version=3),
     "deduplicate": Traits("manifest", version=2),
     "filter_quality": Traits("manifest"),
@@ -47,12 +48,13 @@ TRAITS: dict[str, Traits] = {
     "grpo": Traits("checkpoint", runs="train"),
     "nft": Traits("checkpoint", runs="train"),
     "refl": Traits("checkpoint", runs="train"),
-    "dreambooth": Traits("checkpoint", runs="train", version=3),
+    "dreambooth": Traits("checkpoint", runs="train", version=4),
+    "mix": Traits("checkpoint"),
     "teacher_pairs": Traits("pairs"),
     "distill": Traits("checkpoint", runs="train", version=2),
     "compare": Traits("scores"),
-    "evaluate": Traits("scores"),
-    "export": Traits("pipelines", version=4),
+    "evaluate": Traits("scores", version=2),
+    "export": Traits("pipelines", version=5),
     "report": Traits("report"),
     "promote": Traits("pointer"),
 }
@@ -82,6 +84,7 @@ def stage_function(name: str) -> StageFunction:
             "publish_demo_web"
             | "read_list"
             | "read_folder"
+            | "read_subject"
             | "download"
             | "deduplicate"
             | "filter_quality"
@@ -89,7 +92,7 @@ def stage_function(name: str) -> StageFunction:
             | "encode"
         ):
             return _curation(name)
-        case "flow_matching" | "dreambooth" | "teacher_pairs" | "distill":
+        case "flow_matching" | "dreambooth" | "mix" | "teacher_pairs" | "distill":
             return _training(name)
         case "make_pairs" | "dpo" | "reward_model" | "grpo" | "nft" | "refl":
             return _preference(name)
@@ -111,6 +114,10 @@ def _curation(name: str) -> StageFunction:
             from data_curation.sources import read_source
 
             return StageFunction(config.ListSource if name == "read_list" else config.FolderSource, read_source)
+        case "read_subject":
+            from data_curation.subject import read_subject
+
+            return StageFunction(config.SubjectFolder, read_subject)
         case "download":
             from data_curation.download import download
 
@@ -145,6 +152,11 @@ def _training(name: str) -> StageFunction:
             from tasks.personalize import dreambooth
 
             return StageFunction(DreamBoothConfig, dreambooth)
+        case "mix":
+            from models.personalization.config import MixConfig
+            from tasks.mix import mix
+
+            return StageFunction(MixConfig, mix)
         case "teacher_pairs":
             from models.distillation.config import PairStoreConfig
             from tasks.teacher_pairs import teacher_pairs

@@ -41,8 +41,9 @@ class SubjectConfig(Config):
     parent: str = Field(default="sft", min_length=1, description="Checkpoint it started from")
     scene_object: str = Field(default="robot", min_length=1, description="The subject's name in the scene vocabulary")
     phrase: str = Field(
-        default="zwx robot", min_length=1, description="What a prompt calls the subject: token and class"
+        default="eels robot", min_length=1, description="What a prompt calls the subject: token and class"
     )
+    mixed: tuple[str, ...] = Field(default=(), description="Mixes that must know the subject beside others")
     prompts: int = Field(default=48, ge=4, description="How many subject pictures are drawn and judged")
 
 

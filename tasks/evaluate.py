@@ -23,14 +23,13 @@ from tasks.evaluate_prompts import Prompts, grid_prompts, prompt_set, several_se
 from tasks.evaluate_scores import (
     Reference,
     Sheet,
-    class_drift,
     label_of,
     score_distance,
     score_diversity,
     score_set,
-    score_subject,
     suffix_of,
 )
+from tasks.evaluate_subjects import compare_subjects, score_subjects, subject_label
 
 NOT_CHECKPOINTS = ("judge", "data", "truth", "source")
 GRID, DIVERSITY, REAL = "grid", "diversity", "real"
@@ -77,16 +76,15 @@ def lists_of(config: EvaluateConfig) -> dict[str, Asked]:
         several = several_seeds(config.diversity_prompts, config.diversity_seeds, config.seed)
         lists[DIVERSITY] = Asked(several, SIDE, None)
     for subject in config.subjects:
-        lists[f"subject-{subject.stage}"] = Asked(
-            subject_prompts(subject, config.seed), SIDE, (subject.stage, subject.parent)
-        )
+        asked = (subject.stage, subject.parent, *subject.mixed)
+        lists[subject_label(subject)] = Asked(subject_prompts(subject, config.seed), SIDE, asked)
     return lists
 
 
 def refuse_unknown(config: EvaluateConfig, checkpoints: Mapping[str, Path]) -> None:
     """Names of stages in the config must be inputs."""
     named = {stage for chosen in config.sets for stage in chosen.stages or ()}
-    named |= {name for subject in config.subjects for name in (subject.stage, subject.parent)}
+    named |= {name for subject in config.subjects for name in (subject.stage, subject.parent, *subject.mixed)}
     named |= {name for gate in config.gates for name in (gate.stage, gate.parent) if name is not None}
     if unknown := sorted(named - set(checkpoints)):
         raise ConfigError(f"evaluate names {unknown}, but its checkpoints are {sorted(checkpoints)}; fix the names")
@@ -154,9 +152,7 @@ def score_pictures(
             score_distance(sheet, judge, drawn[label], reference, config)
     if DIVERSITY in drawn:
         score_diversity(sheet, judge, drawn[DIVERSITY], config)
-    for label in drawn:
-        if label.startswith("subject-"):
-            score_subject(sheet, judge, lists[label].prompts, drawn[label], config)
+    score_subjects(sheet, judge, {label: asked.prompts for label, asked in lists.items()}, drawn, config)
     return sheet
 
 
@@ -197,7 +193,7 @@ def deltas(sheets: Mapping[str, Sheet], parents: Mapping[str, str]) -> dict[str,
         child: {
             metric: paired_difference(values, sheets[parent].answers[metric])
             for metric, values in sheets[child].answers.items()
-            if metric in sheets[parent].answers
+            if metric in sheets[parent].answers and len(sheets[parent].answers[metric]) == len(values)
         }
         for child, parent in parents.items()
     }
@@ -213,11 +209,7 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     reference = Reference.of(judge, config.sets[0], lists[label_of(config.sets[0])].prompts, config)
     answers_of = [Answer(config, judge, reference, lists, part) for part in drawn.values()]
     sheets = dict(zip(drawn, ctx.fan_out(score_answer, answers_of), strict=True))
-    first = f"prompt_accuracy{suffix_of(config.sets[0])}"
-    for subject in config.subjects:
-        pair = [sheets[name].answers.get(first) for name in (subject.stage, subject.parent)]
-        if pair[0] is not None and pair[1] is not None:
-            sheets[subject.stage].scores["class_drift"] = class_drift(pair[0], pair[1], config.bootstrap)
+    compare_subjects(sheets, config, f"prompt_accuracy{suffix_of(config.sets[0])}")
     real = sheets.pop(REAL)
     parents = parents_of(ctx, sheets)
     scores = {stage: sheet.scores for stage, sheet in sheets.items()}

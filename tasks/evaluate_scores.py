@@ -76,25 +76,6 @@ def score_set(
     sheet.collapse[label_of(chosen)] = round(float(collapsed(images)["any"].mean()), 5)
 
 
-def score_subject(sheet: Sheet, judge: Judge, prompts: Prompts, images: np.ndarray, config: EvaluateConfig) -> None:
-    """Is the subject in the picture, and how close are its features to those of real pictures of the same scene."""
-    right = judge.score(images, prompts.scenes)["all"]
-    own, real = judge.features(images), judge.features(draw_batch(prompts.scenes, SIDE, config.seed + 2))
-    cosine = (own * real).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(real, axis=1) + 1e-9)
-    sheet.answers |= {"subject_accuracy": right, "subject_similarity": cosine}
-    sheet.scores["subject_accuracy"] = wilson(right)
-    sheet.scores["subject_similarity"] = mean_score(cosine, config, 3)
-
-
-def class_drift(child: np.ndarray, parent: np.ndarray, resamples: int) -> Score:
-    """Share of the parent's right answers to ordinary prompts that personalisation lost, paired; < 0 is a gain."""
-
-    def lost(own: np.ndarray, before: np.ndarray) -> float:
-        return float(1 - own.mean() / before.mean()) if before.any() else 0.0
-
-    return bootstrap((child, parent), lost, resamples, np.random.default_rng(4))
-
-
 @dataclass(frozen=True)
 class Reference:
     """Features of real renders of the first prompt list, and how far two such sets are apart."""

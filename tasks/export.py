@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from infra.stages import StageContext
 from models.networks import prx
 from models.networks.export import export_pipeline
-from models.personalization import lora_files, lora_import
+from models.personalization import lora_import
+from models.personalization.lora import save_forms
 from tasks.config import ExportConfig
 
 COMPARE = "compare"
@@ -44,8 +44,6 @@ def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
 
 
 def export_adapter(checkpoint: Path, target: Path, role: str) -> None:
-    """The peft folder as it is, and its diffusers and kohya forms."""
-    shutil.copytree(checkpoint / "adapter", target)
-    adapter = lora_import.read(target, prx.load(checkpoint / "transformer").transformer)
-    lora_files.save_diffusers(adapter, target)
-    lora_files.save_kohya(adapter, target / f"{role}-kohya.safetensors", architecture="prx", prefix="lora_unet_")
+    """The adapter in its three forms, named like the folder."""
+    adapter = lora_import.read(checkpoint / "adapter", prx.load(checkpoint / "transformer").transformer)
+    save_forms(adapter, target, role)

@@ -9,40 +9,39 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_curation import scenes as demo
-from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.distribute import world
 from models.engine.loop import Trainer
 from models.engine.randomness import derive_seed
 from models.networks import prx, text_encoder
-from models.networks.checkpoint import read_card
+from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.prx import Denoiser
+from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
-from models.personalization.lora import add_lora, merge, save_adapter
-from models.sampling.generate import load_generator
+from models.personalization.lora import add_lora, merge, save_forms, since
+from models.personalization.rare_token import find_tokens, rarest, refuse_token
+from models.sampling.generate import Generator, load_generator
+from tasks.subject_pictures import Subject, demo_subject, own_subject
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
 
-INSTANCE_SCENES = (
-    ("big", "white"), ("top left", "pink"), ("big", "blue"), ("bottom right", "green"), ("three", "gray"),
-    ("big", "black"), ("top right", "white"), ("bottom left", "blue"),
-)  # fmt: skip
+SHOWN = 8  # pictures of the subject in grid.png
+FOREIGN = 48  # other rare tokens in prior prompts
 
 
 def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     """Adapter of `init` that draws the subject when the token is in the prompt."""
     refuse_distilled(ctx.inputs["init"], config.name)
-    if config.subject not in demo.SUBJECT_OBJECTS:
-        raise ConfigError(
-            f"personalize subject {config.subject!r} is unknown; choose one of {sorted(demo.SUBJECT_OBJECTS)}"
-        )
     data = TrainingData(ctx.inputs["data"])
-    card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": config.token})
-    instance, instance_images = _instance(config, card.side, card.prompt_max_tokens)
-    prior = _prior(config, ctx, card.prompt_max_tokens)
+    token, found = token_of(config, ctx, data.set.captions)
+    card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": token})
+    subject = subject_of(config, ctx, token, card)
+    instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
+    prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
     denoiser, base = (prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std) for _ in range(2))
     add_lora(denoiser, config.lora, config.train.seed)
+    start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
     objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)
     slots = local_slots(config.train.batch_size)
     batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
@@ -53,41 +52,77 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         trained[:] = [adapted]
         return merge(adapted)
 
-    prompts = [f"a big {config.token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
+    prompts = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
     facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts)
     if world()[0] == 0:
-        metadata = {"base": ctx.parents["init"].digest, "trigger": config.token, "class": config.class_word}
-        save_adapter(trained[0], ctx.out / "adapter", metadata)
-        save_grid(instance_images, ctx.out / "instance.png", columns=len(instance_images))
-    pieces = _tokenizer().tokenize(config.token)
-    return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token_pieces": len(pieces)}
+        about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word}
+        adapter = lora_files.from_module(trained[0].transformer, about)
+        save_forms(adapter if start is None else since(adapter, start), ctx.out / "adapter", config.name)
+        show(subject, Generator(merge(trained[0]), card), load_generator(ctx.inputs["init"]), ctx)
+    return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
 
 
-def _tokenizer() -> PreTrainedTokenizerBase:
-    return text_encoder.modules()[1]
+def token_of(config: DreamBoothConfig, ctx: StageContext, captions: list[str]) -> tuple[str, dict[str, Any]]:
+    """The subject's token, given and sound or the finder's first, and the finder's list for the facts."""
+    tokenizer: PreTrainedTokenizerBase = text_encoder.modules()[1]
+    if config.token is not None:
+        refuse_token(config.token, tokenizer, captions, config.class_word)
+        return config.token, {}
+    found = find_tokens(load_generator(ctx.inputs["init"]), tokenizer, captions, config.class_word)
+    listed = [{"token": each.token, "id": each.id, "response": round(each.response, 4)} for each in found[:SHOWN]]
+    return found[0].token, {"tokens_found": listed}
 
 
-def _instance(config: DreamBoothConfig, side: int, max_tokens: int) -> tuple[Pictures, np.ndarray]:
-    """The few pictures of the subject, captioned with token and class word."""
-    places = [INSTANCE_SCENES[i % len(INSTANCE_SCENES)] for i in range(config.pictures)]
-    scenes = [demo.Scene(layout, (config.subject,), color) for layout, color in places]
-    images = demo.draw_batch(scenes, side, seed=derive_seed(config.train.seed, "instance") % 2**31)
-    phrase = f"{config.token} {config.class_word}"
-    captions = [demo.short_caption(scene).replace(config.subject, phrase) for scene in scenes]
-    return _pictures(images, captions, max_tokens), images
+def subject_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: SamplingCard) -> Subject:
+    """The pictures of the subject with their captions: drawn for a demo subject, else those of the folder."""
+    if "subject" not in ctx.inputs:
+        return demo_subject(config, token, card.side)
+    tokenizer: PreTrainedTokenizerBase = text_encoder.modules()[1]
+    return own_subject(config, ctx.inputs["subject"], token, card.side, tokenizer, card.prompt_max_tokens)
 
 
-def _prior(config: DreamBoothConfig, ctx: StageContext, max_tokens: int) -> Pictures:
+def show(subject: Subject, tuned: Generator, base: Generator, ctx: StageContext) -> None:
+    """grid.png: pictures of the subject, what the adapted model draws for their captions, and what the base draws."""
+    captions = subject.captions[:SHOWN]
+    rows = [subject.images[:SHOWN]] + [model.sample(captions, list(range(len(captions)))) for model in (tuned, base)]
+    save_grid(np.concatenate(rows), ctx.out / "grid.png", columns=len(captions))
+
+
+def _prior(config: DreamBoothConfig, ctx: StageContext, captions: list[str], token: str, max_tokens: int) -> Pictures:
     """The base model's pictures of ordinary prompts."""
     count = config.class_pictures if config.prior_weight > 0 else 0
-    published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
-    rng = np.random.default_rng([config.train.seed, 78])
-    captions = [demo.short_caption(published[i]) for i in rng.integers(0, len(published), max(count, 1))][:count]
-    if not captions:
+    if count == 0:
         return Pictures(torch.empty(0), torch.empty(0), torch.empty(0))
+    prompts = class_prompts(config, captions, token, count)
     generator = load_generator(ctx.inputs["init"])
-    images = generator.sample(captions, [derive_seed(config.train.seed, "class", i) for i in range(count)])
-    return _pictures(images, captions, max_tokens)
+    images = generator.sample(prompts, [derive_seed(config.train.seed, "class", i) for i in range(count)])
+    return _pictures(images, prompts, max_tokens)
+
+
+def class_prompts(config: DreamBoothConfig, captions: list[str], token: str, count: int) -> list[str]:
+    """Published scenes for a demo subject, else training captions and every fourth the bare class; a share is foreign.
+
+    A foreign prompt has another rare token before the class or, for a demo subject, every other time before its noun.
+    """
+    rng = np.random.default_rng([config.train.seed, 78])
+    if config.folder is None:
+        published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
+        scenes = [published[i] for i in rng.integers(0, len(published), count)]
+        prompts, nouns = [demo.short_caption(scene) for scene in scenes], [scene.objects[0] for scene in scenes]
+        frames = [prompt.replace(noun, "{subject}") for prompt, noun in zip(prompts, nouns, strict=True)]
+    else:
+        frames = [config.templates[i % len(config.templates)] for i in range(count)]
+        nouns = [config.class_word] * count
+        picked = rng.integers(1, len(captions), count) if len(captions) > 1 else np.zeros(count, int)  # 0 is empty
+        bare = [frame.replace("{subject}", config.class_word) for frame in frames]
+        prompts = [bare[i] if i % 4 == 0 else captions[int(picked[i])] for i in range(count)]
+    tokenizer: PreTrainedTokenizerBase = text_encoder.modules()[1]
+    others = [other for other in rarest(tokenizer, captions, config.class_word, FOREIGN) if other != token]
+    if not others:
+        return prompts
+    foreign, other = rng.random(count) < config.foreign_share, rng.integers(0, len(others), count)
+    phrases = [f"{others[int(other[i])]} {nouns[i] if i % 2 else config.class_word}" for i in range(count)]
+    return [frames[i].replace("{subject}", phrases[i]) if foreign[i] else prompts[i] for i in range(count)]
 
 
 def _pictures(images: np.ndarray, captions: list[str], max_tokens: int) -> Pictures:

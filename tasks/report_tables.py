@@ -26,6 +26,7 @@ COLUMNS = {
     "diversity": "diversity",
     "subject_accuracy": "subject",
     "subject_similarity": "subject similarity",
+    "subject_kept": "subjects kept by the mix",
     "class_drift": "class drift",
 }
 LESS_IS_BETTER = ("kernel_distance", "class_drift")

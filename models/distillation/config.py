@@ -74,6 +74,8 @@ class ConsistencyConfig(Config):
             raise ValueError(
                 "guidance_range needs a teacher and an embedding outside the adapters; drop lora or the range"
             )
+        if self.lora is not None and self.lora.init == "pissa":
+            raise ValueError("lora.init=pissa changes the base that LCM-LoRA promises to leave alone; set it to zero")
         return self
 
 

@@ -5,6 +5,8 @@ prompts, drawn before any adapter exists. L(instance) is plain flow matching; th
 L(class) has two targets. "pictures" is the paper's: the class picture itself; as it was drawn with guidance and is
 sampled with guidance again, the class drifts away from real pictures. "prediction" asks for what the base predicts
 from the same noisy class picture (output preservation): zero for a fresh adapter, so nothing but the subject pulls.
+Some prior prompts name another rare token, which must mean to the adapted model what it means to the base: an adapter
+that answers to any unknown word spoils every other one it is mixed with.
 Left out: pivotal tuning, full fine-tuning.
 """
 

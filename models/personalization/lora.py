@@ -1,35 +1,51 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: add, save with the scale folded in, load strictly, merge.
 
-alpha = rank always, so the scale is 1 and no loader can lose it. PRX has no LoRA loader in diffusers; the adapter is a
+The scale is folded into B when a file is written, so that no loader can lose it. rsLoRA (arXiv:2312.03732), DoRA
+(arXiv:2402.09353) and PiSSA (arXiv:2404.02948) are peft's; PiSSA moves part of the base into the adapter, so what is
+saved is the difference to its start. PRX has no LoRA loader in diffusers; the adapter is a
 peft folder (lora_files.py writes the other forms), and the merged weights are a stock transformer folder.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import peft
 import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from models.networks.prx import Denoiser
 from models.personalization import lora_files, lora_import
 from models.personalization.config import LoraConfig
+from models.personalization.lora_files import Adapter
 
 
 def add_lora(denoiser: Denoiser, config: LoraConfig, seed: int) -> None:
-    """Freeze the denoiser and put fresh adapters (zero effect) on the target layers."""
+    """Freeze the denoiser and put fresh adapters on the target layers: of zero effect, but for PiSSA's rounding."""
     check_targets(denoiser.transformer, config)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(config.targets))
-        peft.inject_adapter_in_model(settings, denoiser.transformer)
+        peft.inject_adapter_in_model(peft_settings(config), denoiser.transformer)
+
+
+def peft_settings(config: LoraConfig) -> peft.LoraConfig:
+    """peft's own configuration; where only a rank differs, its alpha follows, so that the scale stays."""
+    scale = 1.0 if config.alpha is None else config.alpha / config.rank
+    alphas = {name: scale * rank for name, rank in config.rank_pattern.items()} | config.alpha_pattern
+    init: bool | str = True if config.init == "zero" else config.init
+    return peft.LoraConfig(
+        r=config.rank, lora_alpha=scale * config.rank, target_modules=list(config.targets), init_lora_weights=init,
+        rank_pattern=dict(config.rank_pattern), alpha_pattern=alphas, use_rslora=config.kind == "rslora",
+        use_dora=config.kind == "dora",
+    )  # fmt: skip
 
 
 def check_targets(module: nn.Module, config: LoraConfig) -> None:
-    """Refuse targets that match no linear layer and a rank above a target layer's smaller side."""
+    """Refuse targets and patterns that match no layer and ranks above a target layer's smaller side."""
     layers = lora_files.linear_sides(module)
     chosen: dict[str, tuple[int, int]] = {}
     for target in config.targets:
@@ -38,17 +54,44 @@ def check_targets(module: nn.Module, config: LoraConfig) -> None:
             names = sorted({".".join(n.split(".")[-2 if n[-1].isdigit() else -1 :]) for n in layers})
             raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(names)}")
         chosen |= found
-    name, sides = min(chosen.items(), key=lambda item: min(item[1]))
-    if config.rank > min(sides):
-        raise ValueError(
-            f"lora.rank={config.rank} exceeds the smaller side of {name}, {sides[1]} to {sides[0]}; "
-            f"lower the rank to {min(sides)}"
-        )
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(_fits(key, name) for name in chosen):
+            raise ValueError(f"lora pattern {key!r} matches no target layer, such as {min(chosen)}; correct its name")
+    for name, sides in sorted(chosen.items(), key=lambda item: min(item[1])):
+        own: str | None = next((key for key in config.rank_pattern if _fits(key, name)), None)
+        rank, field = (config.rank, "rank") if own is None else (config.rank_pattern[own], f"rank_pattern.{own}")
+        if rank > min(sides):
+            raise ValueError(
+                f"lora.{field}={rank} exceeds the smaller side of {name}, {sides[1]} to {sides[0]}; "
+                f"lower the rank to {min(sides)}"
+            )
 
 
-def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str]) -> None:
-    """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`."""
-    lora_files.save_peft(lora_files.from_module(denoiser.transformer, metadata), folder)
+def _fits(key: str, layer: str) -> bool:
+    """Whether peft takes a pattern's key for a layer."""
+    return re.match(rf"(.*\.)?({key})$", layer) is not None
+
+
+def since(adapter: Adapter, start: Adapter) -> Adapter:
+    """What training added to an adapter that did not start at zero (PiSSA), for the untouched base; twice the rank."""
+    layers = {}
+    for name, (a, b) in adapter.layers.items():
+        a_0, b_0 = start.layers[name]
+        layers[name] = (torch.cat([a, a_0]), torch.cat([b, -b_0], 1))
+    return Adapter(layers, adapter.about)
+
+
+def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str], start: Adapter | None = None) -> None:
+    """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`, `start` is PiSSA's adapter."""
+    adapter = lora_files.from_module(denoiser.transformer, metadata)
+    lora_files.save_peft(adapter if start is None else since(adapter, start), folder)
+
+
+def save_forms(adapter: Adapter, folder: Path, name: str) -> None:
+    """The three forms of an adapter in one folder: peft, diffusers, and NAME-kohya.safetensors."""
+    lora_files.save_peft(adapter, folder)
+    lora_files.save_diffusers(adapter, folder)
+    lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture="prx", prefix="lora_unet_")
 
 
 def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> None:
@@ -58,18 +101,16 @@ def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> Non
 
 def merge(denoiser: Denoiser) -> Denoiser:
     """A denoiser whose stock weights include the adapter's; the adapter layers are gone."""
+    adapter = lora_files.from_module(denoiser.transformer, {})
+    weights = lora_files.stock_weights(denoiser.transformer)
+    return with_changes(denoiser, {n: adapter.change(n, weights[f"{n}.weight"]) for n in adapter.layers})
+
+
+def with_changes(denoiser: Denoiser, changes: Mapping[str, Tensor]) -> Denoiser:
+    """A copy of the stock denoiser with a change [O, I] added to the weight of each named layer."""
     net = denoiser.transformer
+    weights = lora_files.stock_weights(net)
+    weights |= {f"{layer}.weight": weights[f"{layer}.weight"] + change for layer, change in changes.items()}
     merged = PRXTransformer2DModel.from_config(net.config)
-    state = {}
-    modules = dict(net.named_modules())
-    for name, parameter in net.state_dict().items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            owner = name.rsplit(".base_layer.", 1)[0]
-            delta = modules[owner].get_delta_weight("default") if name.endswith("weight") else 0.0
-            state[name.replace(".base_layer.", ".")] = parameter + delta
-        else:
-            state[name] = parameter
-    merged.load_state_dict(state)
+    merged.load_state_dict(weights)
     return Denoiser(merged, denoiser.text_mean, denoiser.text_std)

@@ -1,9 +1,10 @@
 """LoRA files that load everywhere: peft, diffusers and kohya/ComfyUI forms out of one `Adapter`.
 
 A layer's change of weight is s B A (Hu et al. 2021, arXiv:2106.09685), s = alpha / r or alpha / sqrt(r) (rsLoRA,
-arXiv:2312.03732). Loaders disagree on where alpha is written, and stock loaders skip keys they do not know; so s is
-folded into B (alpha = r in every form), and lora_import.py reads them strictly. Left out: DoRA, LoRA on convolutions
-and text encoders, LoKr/LoHa; they are refused.
+arXiv:2312.03732). DoRA (arXiv:2402.09353, eq. 5) gives each row of W + s B A the learned length m; kohya's key for m
+is `.dora_scale` [O, 1]. Loaders disagree on where alpha is written, and stock loaders skip keys they do not know; so s
+is folded into B (alpha = r in every form), and lora_import.py reads them strictly. Left out: LoRA on convolutions and
+text encoders, LoKr/LoHa; they are refused.
 
 I, O: a layer's inputs and outputs; R: rank.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ class Adapter:
 
     layers: dict[str, tuple[Tensor, Tensor]]  # A [R, I], B [O, R]
     about: dict[str, str]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)  # DoRA's m [O]; of every layer or of none
+
+    def change(self, layer: str, weight: Tensor) -> Tensor:
+        """What the adapter adds to the base's weight [O, I] of a layer."""
+        a, b = self.layers[layer]
+        if layer not in self.magnitudes:
+            return b @ a
+        moved = weight + b @ a
+        lengths: Tensor = self.magnitudes[layer] / torch.linalg.vector_norm(moved, dim=1)
+        return lengths.unsqueeze(1) * moved - weight
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -45,7 +57,7 @@ class Adapter:
         counts = Counter(self.ranks.values())
         common = max(counts, key=lambda rank: (counts[rank], rank))
         odd = {"^" + (re.escape(n) if escape else n): r for n, r in self.ranks.items() if r != common}
-        pattern = {"rank_pattern": odd, "alpha_pattern": dict(odd)}
+        pattern = {"rank_pattern": odd, "alpha_pattern": dict(odd), "use_dora": bool(self.magnitudes)}
         return {"r": common, "lora_alpha": common, "target_modules": targets, "use_rslora": False} | pattern
 
 
@@ -55,20 +67,28 @@ def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {name.removesuffix(".base_layer"): (m.out_features, m.in_features) for name, m in found.items()}
 
 
+def stock_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers of a module under their stock names, the adapters left out."""
+    state = {n: t.detach() for n, t in module.state_dict().items() if ".lora_" not in n}
+    return {name.replace(".base_layer.", "."): value for name, value in state.items()}
+
+
 def from_module(module: nn.Module, about: dict[str, str], name: str = "default") -> Adapter:
-    """The adapter `name` of a module with peft layers; float32, because small values of B vanish in half precision."""
-    layers = {}
+    """A copy of the adapter `name` of a module; float32, because small values of B vanish in half precision."""
+    layers, magnitudes = {}, {}
     for path, layer in module.named_modules():
         if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
         plain = name in layer.lora_A and isinstance(layer.get_base_layer(), nn.Linear)
-        if not plain or layer.use_dora.get(name) or layer.lora_bias.get(name):
-            raise ValueError(f"{path}: only plain LoRA on linear layers has a file form here; not DoRA, bias or others")
+        if not plain or layer.lora_bias.get(name):
+            raise ValueError(f"{path}: only LoRA and DoRA on linear layers have a file form here; not bias or others")
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-        layers[path] = (a.float().cpu(), layer.scaling[name] * b.float().cpu())
+        layers[path] = (a.float().cpu().clone(), layer.scaling[name] * b.float().cpu())
+        if layer.use_dora.get(name):
+            magnitudes[path] = layer.lora_magnitude_vector[name].weight.detach().float().cpu().clone()
     if not layers:
         raise ValueError(f"the module has no adapter {name!r}; call add_lora or peft.inject_adapter_in_model first")
-    return Adapter(layers, about)
+    return Adapter(layers, about, magnitudes)
 
 
 def save_peft(adapter: Adapter, folder: Path) -> None:
@@ -98,6 +118,8 @@ def save_kohya(adapter: Adapter, path: Path, architecture: str, prefix: str = KO
             raise ValueError(f"{key}: two layers share this kohya name; save the diffusers form instead")
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
         tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
+        if name in adapter.magnitudes:
+            tensors[f"{key}.dora_scale"] = adapter.magnitudes[name].unsqueeze(1)
     ranks = set(adapter.ranks.values())
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     header = {
@@ -119,19 +141,23 @@ def attach(module: nn.Module, adapter: Adapter, name: str = "default") -> None:
     if any(isinstance(layer, LoraLayer) and name in layer.r for layer in module.modules()):
         raise ValueError(f"the module already has an adapter {name!r}; give this one another name")
     targets = "|".join(re.escape(layer) for layer in adapter.layers)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
         peft.inject_adapter_in_model(peft.LoraConfig(**adapter.settings(targets, escape=True)), module, name)
     modules = dict(module.named_modules())
     with torch.no_grad():
         for path, (a, b) in adapter.layers.items():
             modules[f"{path}.lora_A.{name}"].weight.copy_(a)
             modules[f"{path}.lora_B.{name}"].weight.copy_(b)
+            if path in adapter.magnitudes:
+                modules[f"{path}.lora_magnitude_vector.{name}"].weight.copy_(adapter.magnitudes[path])
 
 
 def _named(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
     parts = {
         f"{n}.lora_{half}.weight": t for n, pair in adapter.layers.items() for half, t in zip("AB", pair, strict=True)
     }
+    parts |= {f"{n}.lora_magnitude_vector": m for n, m in adapter.magnitudes.items()}
     return {prefix + name: tensor for name, tensor in parts.items()}
 
 

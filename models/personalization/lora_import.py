@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from models.personalization.lora_files import DIFFUSERS_FILE, KOHYA_PREFIXES, PEFT_FILE, Adapter, attach, linear_sides
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-PEFT_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-KOHYA_PARTS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"}
+PEFT_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "m"}
+KOHYA_PARTS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha", ".dora_scale": "m"}
 
 Form = Literal["peft", "diffusers", "kohya"]
 logger = logging.getLogger(__name__)
@@ -59,9 +59,28 @@ def read(path: Path, module: nn.Module, base: str | None = None) -> Adapter:
         parts[layer][part] = (key, value)
     settings = _settings(file, form, header)
     layers = {layer: _layer(file, layer, found, sides[layer], settings) for layer, found in parts.items()}
-    if not any(bool(b.any()) for _, b in layers.values()):
+    magnitudes = _magnitudes(file, parts, sides, settings)
+    if not magnitudes and not any(bool(b.any()) for _, b in layers.values()):
         logger.warning("%s: every B is zero; this adapter changes nothing", file)
-    return Adapter(layers, about)
+    return Adapter(layers, about, magnitudes)
+
+
+def _magnitudes(
+    file: Path, parts: dict[str, dict[str, tuple[str, Tensor]]], sides: dict[str, tuple[int, int]], said: dict[str, Any]
+) -> dict[str, Tensor]:
+    """DoRA's m [O] of every layer, or nothing for plain LoRA; kohya's form has it as [O, 1]."""
+    found = {layer: of["m"] for layer, of in parts.items() if "m" in of}
+    if said and bool(said.get("use_dora")) != bool(found):
+        there = "has" if found else "has no"
+        raise ValueError(f"{file}: {there} DoRA magnitudes, but use_dora is {said.get('use_dora')}; export it again")
+    for layer in parts:
+        if found and layer not in found:
+            raise ValueError(f"{file}: {layer} has no DoRA magnitude, other layers have; the file is incomplete")
+    for layer, (key, value) in found.items():
+        outputs = sides[layer][0]
+        if tuple(value.shape) not in ((outputs,), (outputs, 1)):
+            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, not ({outputs},); it is of another base")
+    return {layer: value.float().flatten() for layer, (_, value) in found.items()}
 
 
 def _layer(
@@ -94,8 +113,8 @@ def _scale(file: Path, key: str, layer: str, rank: int, settings: dict[str, Any]
     """The factor s of a layer; 1 where the file says nothing, as diffusers and kohya both take it."""
     if not settings:
         return 1.0
-    if settings.get("use_dora") or settings.get("lora_bias"):
-        raise ValueError(f"{file}: use_dora or lora_bias is set in its settings; only plain LoRA is read")
+    if settings.get("lora_bias"):
+        raise ValueError(f"{file}: lora_bias is set in its settings; only LoRA and DoRA without bias are read")
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     said = ranks.get(get_pattern_key(ranks.keys(), layer), settings.get("r"))
     if said != rank:
@@ -143,7 +162,7 @@ def _place(file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]]) 
     suffixes = KOHYA_PARTS if form == "kohya" else PEFT_PARTS
     suffix = next((s for s in suffixes if key.endswith(s)), None)
     if suffix is None:
-        raise ValueError(f"{file}: {key} is no part of a plain LoRA ({', '.join(suffixes)}); it would be lost")
+        raise ValueError(f"{file}: {key} is no part of a LoRA or DoRA ({', '.join(suffixes)}); it would be lost")
     stem = key.removesuffix(suffix)
     match form:
         case "kohya":

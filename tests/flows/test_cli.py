@@ -12,8 +12,11 @@ import yaml
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
 from flows.display import LineDisplay, clock, plan_lines
+from flows.drive import own_stage
+from flows.personalize import own_specs
 from flows.plan import PlanRow
 from infra.config import load_yaml, parse
+from infra.errors import ConfigError
 from tasks.catalog import TRAITS, stage_function
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -63,6 +66,11 @@ def test_planning_imports_nothing_heavy(tmp_path):
         (["report", "other"], 2, "there is no run 'other'"),
         (["sample", "latest", "a cat"], 2, "there is no run under"),
         (["plan"], 2, "Missing argument"),
+        (["personalize", "nowhere", "--name", "cat"], 2, "folder nowhere does not exist"),
+        (["personalize", ".", "--name", "My Cat"], 2, "--name 'My Cat' is no name of a stage"),
+        (["personalize", ".", "--name", "cat"], 2, "there is no run under"),
+        (["plan", SMOKE, "--set", "personalize.0.subject=./nowhere"], 2, "subject folder nowhere does not exist"),
+        (["plan", SMOKE, "--set", "mix=[{adapters: {sft: 1}}]"], 2, "names ['sft'], which is no personalize stage"),
     ],
 )
 def test_bad_input_gets_one_clear_message(arguments, code, message, tmp_path):
@@ -112,6 +120,40 @@ def test_every_preset_makes_a_sound_dag(preset):
         assert spec.function in TRAITS
         before.add(spec.name)
     assert len(before) == len(specs)
+
+
+def test_a_folder_of_pictures_is_a_stage_before_the_subject_and_part_of_its_key(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+
+    def specs():
+        subject = f"personalize.0.subject={tmp_path}"
+        mixed = "mix=[{name: both, adapters: {dreambooth-robot: 0.5}}]"
+        return {spec.name: spec for spec in stage_specs(parse(LifecycleConfig, load_yaml(SMOKE, [subject, mixed]), ""))}
+
+    before = specs()
+    assert before["dreambooth-robot"].inputs["subject"] == "dreambooth-robot-pictures"
+    assert before["dreambooth-robot-pictures"].function == "read_subject"
+    assert before["both"].inputs == {"init": "dpo", "dreambooth-robot": "dreambooth-robot"}
+    assert {"lora-robot": "dreambooth-robot", "lora-both": "both"}.items() <= before["export"].inputs.items()
+    assert before["evaluate"].inputs["both"] == "both"
+    (tmp_path / "b.png").write_bytes(b"2")
+    assert specs()["dreambooth-robot-pictures"].versioned != before["dreambooth-robot-pictures"].versioned
+
+
+def test_a_subject_of_ones_own_takes_the_settings_of_the_runs_first(tmp_path):
+    config = parse(LifecycleConfig, load_yaml(SMOKE), SMOKE)
+    stage = own_stage(config, tmp_path, "my-dog", {"class_word": "dog", "token": None, "steps": 7, "rank": 3})
+    assert (stage.name, stage.class_word, stage.token, stage.label) == ("dreambooth-my-dog", "dog", None, "my-dog")
+    assert (stage.train.steps, stage.lora.rank) == (7, 3)
+    assert stage.train.model_copy(update={"steps": 4}) == config.personalize[0].train
+    assert own_stage(config, tmp_path, "my-dog", {}).class_word == "my dog"
+    specs = {spec.name: spec for spec in own_specs(config, stage, "dpo")}
+    assert list(specs) == ["dreambooth-my-dog-pictures", "dreambooth-my-dog", "dreambooth-my-dog-export"]
+    assert specs["dreambooth-my-dog"].inputs == {
+        "data": "encode", "init": "dpo", "subject": "dreambooth-my-dog-pictures",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="lora.rank"):
+        own_stage(config, tmp_path, "my-dog", {"rank": 0})
 
 
 def test_distill_all_starts_from_the_demos_own_stages():

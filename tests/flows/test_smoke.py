@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from data_curation.scenes import Scene, draw_batch
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "smoke.yaml"
 T2I = [str(Path(sys.executable).with_name("t2i"))]
@@ -56,6 +59,30 @@ def digests(run: dict[str, Any]) -> dict[str, str]:
     return {stage["name"]: stage["digest"] for stage in run["stages"] if stage["name"] not in ("report",)}
 
 
+def own_subject(root: Path, folder: Path) -> None:
+    """A subject of one's own on the finished run: twice the same, sampled from, and one picture is too few."""
+    folder.mkdir()
+    scenes = [Scene("big", ("octopus",), color) for color in ("white", "pink", "blue")]
+    for i, image in enumerate(draw_batch(scenes, 64, 0)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+
+    def personalize() -> subprocess.CompletedProcess[str]:
+        arguments = ["personalize", str(folder), "--name", "my-pet", "--class-word", "octopus", "--root", str(root)]
+        return subprocess.run([*T2I, *arguments, "--json"], capture_output=True, text=True, check=False)
+
+    first, again = (json.loads(personalize().stdout.splitlines()[-1]) for _ in range(2))
+    assert {name: first[name] for name in first if name != "run"} == {n: again[n] for n in again if n != "run"}
+    assert all(Path(first[name]).exists() for name in ("adapter", "checkpoint", "grid", "pipeline"))
+    assert len([path for path in Path(first["adapter"]).iterdir() if path.suffix == ".safetensors"]) == 3
+    drawn = subprocess.run([*T2I, "sample", "latest", f"a {first['token']} octopus", "--root", str(root), "--out",
+                            str(folder.parent / "drawn"), "--json"], capture_output=True, text=True, check=True)  # fmt: skip
+    assert Path(json.loads(drawn.stdout)[0]).exists()
+    (folder / "0.png").unlink()
+    refused = personalize()
+    assert refused.returncode == 3
+    assert "has 2 pictures, not 3 to 30" in refused.stderr
+
+
 @pytest.mark.lifecycle
 @pytest.mark.prefect
 @pytest.mark.timeout(900)
@@ -65,7 +92,9 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_p
     assert {stage["status"] for stage in straight["stages"]} == {"ran"}
     assert not outside_hosts(tmp_path / "straight")
     assert Path(straight["report"]).stat().st_size > 10_000
-    assert {"teacher", "student-4", "student-1", "lora-robot"} <= set(straight["exports"])
+    assert {"teacher", "student-4", "student-1", "lora-robot", "lora-octopus", "lora-mix-subjects"} <= set(
+        straight["exports"]
+    )
     funnel = straight["funnel"]
     assert funnel["kept"] + funnel["errored"] + sum(funnel["dropped"].values()) == funnel["received"] == 160
 
@@ -77,6 +106,8 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_p
 
     again = command("run", str(PRESET), root=tmp_path / "straight")
     assert {stage["status"] for stage in again["stages"]} == {"reused"}
+
+    own_subject(tmp_path / "straight", tmp_path / "own")
 
     plan = command("plan", str(PRESET), "--set", "posttrain.dpo.beta_per_element=0.7", root=tmp_path / "straight")
     untouched = {row["stage"] for row in plan if row["state"] == "HIT"}

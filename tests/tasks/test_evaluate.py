@@ -14,6 +14,7 @@ from models.evaluation.judge import Judge, Vocabulary
 from tasks import evaluate as stage
 from tasks.config import EvaluateConfig, GateConfig, PromptSetConfig, SubjectConfig
 from tasks.evaluate_prompts import grid_prompts, prompt_set, several_seeds, subject_prompts
+from tasks.evaluate_subjects import class_drift, kept
 
 SETS = (PromptSetConfig(name="held_out_basic", prompts=12), PromptSetConfig(name="long", prompts=4, stages=("sft",)))
 SUBJECT = SubjectConfig(stage="robot", parent="sft", prompts=4)
@@ -104,6 +105,33 @@ def test_scores_tell_drawings_from_noise_and_compare_with_the_parent(run) -> Non
     grid = json.loads((out / "grid.json").read_text())
     assert grid["stages"] == ["noise", "sft", "robot", "real"]
     assert (out / "samples" / "sft" / f"0-{grid['seeds'][0]}.png").exists()
+
+
+def test_a_mix_is_asked_for_every_subject_and_compared_with_each_alone(run) -> None:
+    """noise plays the checkpoint that learnt the octopus; the mix "sft" draws both subjects right."""
+    octopus = SubjectConfig(
+        stage="noise", parent="sft", scene_object="octopus", phrase="zwx octopus", prompts=4, mixed=("sft",)
+    )
+    robot = SUBJECT.model_copy(update={"mixed": ("sft",), "parent": "noise"})
+    MEANING.update(zip(*(getattr(subject_prompts(octopus, 1234), part) for part in ("texts", "scenes")), strict=True))
+    scores = run(SMALL.model_copy(update={"subjects": (robot, octopus)}))[0]["scores"]
+    mixed = scores["sft"]
+    assert {"subject_accuracy_robot", "subject_accuracy_octopus", "subject_bleed_robot", "class_drift"} <= set(mixed)
+    assert mixed["subject_accuracy"]["n"] == 8
+    assert mixed["subject_kept"] == min(
+        (mixed[f"subject_kept_{n}"] for n in ("robot", "octopus")), key=lambda s: s["value"]
+    )
+    assert scores["robot"]["subject_accuracy"] == scores["robot"]["subject_accuracy_robot"]
+    assert "subject_kept_robot" not in scores["robot"]
+    assert "subject_bleed_robot" not in scores["robot"]
+    assert mixed["subject_similarity_octopus"]["value"] > scores["noise"]["subject_similarity_octopus"]["value"]
+
+
+def test_kept_and_drift_by_hand() -> None:
+    alone, mixed = np.array([1, 1, 1, 1, 0], bool), np.array([1, 1, 1, 0, 0], bool)
+    assert kept(mixed, alone, 20)["value"] == pytest.approx(3 / 4)
+    assert class_drift(mixed, alone, 20)["value"] == pytest.approx(1 / 4)
+    assert kept(mixed, np.zeros(5, bool), 20)["value"] == 1
 
 
 def test_the_same_evaluation_writes_the_same_bytes(run) -> None:

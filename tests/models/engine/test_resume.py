@@ -39,10 +39,22 @@ def flow(tiny: Callable[[int], Denoiser]) -> Objective:
     return FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa)
 
 
-def dreambooth(tiny: Callable[[int], Denoiser]) -> Objective:
-    denoiser = tiny(0)
-    add_lora(denoiser, LoraConfig(rank=4), 0)
-    return DreamBooth(denoiser, TimestepConfig(), tiny(0))
+def dreambooth(**lora: object) -> Callable[[Callable[[int], Denoiser]], Objective]:
+    def make(tiny: Callable[[int], Denoiser]) -> Objective:
+        denoiser = tiny(0)
+        add_lora(denoiser, LoraConfig.model_validate({"rank": 4, **lora}), 0)
+        return DreamBooth(denoiser, TimestepConfig(), tiny(0))
+
+    return make
+
+
+ADAPTERS = {
+    "dreambooth": dreambooth(),
+    "rslora": dreambooth(kind="rslora", alpha=2.0),
+    "dora": dreambooth(kind="dora"),
+    "patterns": dreambooth(rank_pattern={"to_out.0": 2}, alpha_pattern={"up_proj": 8.0}),
+    "pissa": dreambooth(init="pissa"),
+}
 
 
 def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
@@ -109,8 +121,8 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "make",
-    [flow, dreambooth, dpo, *ONLINES.values(), *STUDENTS.values()],
-    ids=["flow", "dreambooth", "dpo", *ONLINES, *STUDENTS],
+    [flow, dpo, *ADAPTERS.values(), *ONLINES.values(), *STUDENTS.values()],
+    ids=["flow", "dpo", *ADAPTERS, *ONLINES, *STUDENTS],
 )
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
     def with_noise(step: int) -> Batch:

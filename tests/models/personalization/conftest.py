@@ -1,4 +1,4 @@
-"""A tiny random SD3 transformer of stock diffusers, and plain LoRA adapters on it."""
+"""A tiny random SD3 transformer of stock diffusers, and LoRA and DoRA adapters on it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +16,7 @@ VARIANTS = {
     "alpha-r": {"r": 4, "lora_alpha": 4},
     "alpha-4r": {"r": 4, "lora_alpha": 16},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
     "mixed": {
         "r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2, "ff.net.0.proj": 3}, "alpha_pattern": {"to_k": 5},
     },
@@ -48,7 +49,8 @@ def adapted() -> Callable[..., SD3Transformer2DModel]:
 
 @pytest.fixture(scope="session")
 def adapter() -> Callable[..., Adapter]:
-    return lambda variant="alpha-r": from_module(_adapted(variant), {"base": "sha256:0123", "trigger": "zwx"})
+    about = {"base": "sha256:0123", "trigger": "zwx"}
+    return lambda variant="alpha-r", seed=2: from_module(_adapted(variant, seed=seed), about)
 
 
 def _base() -> SD3Transformer2DModel:
@@ -60,12 +62,14 @@ def _base() -> SD3Transformer2DModel:
         ).eval()  # fmt: skip
 
 
-def _adapted(variant: str = "alpha-r", fresh: bool = False) -> SD3Transformer2DModel:
+def _adapted(variant: str = "alpha-r", fresh: bool = False, seed: int = 2) -> SD3Transformer2DModel:
     module = _base()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
+        torch.manual_seed(seed)
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=TARGETS, **VARIANTS[variant]), module)
         for name, parameter in module.named_parameters():
             if ".lora_B." in name and not fresh:
                 torch.nn.init.normal_(parameter, std=0.1)
+            if ".lora_magnitude_vector." in name and not fresh:
+                parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape))
     return module

@@ -2,12 +2,15 @@ import json
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
+from models.distillation.config import ConsistencyConfig
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
 from models.engine.randomness import Randomness
-from models.personalization.config import LoraConfig
+from models.personalization import lora_files
+from models.personalization.config import DreamBoothConfig, LoraConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
 from models.personalization.lora import add_lora, load_adapter, merge, save_adapter
 from models.pretraining.config import TimestepConfig
@@ -59,6 +62,83 @@ def test_saved_adapter_loads_strictly(tiny, batches, tmp_path) -> None:
         load_adapter(again, tmp_path)
 
 
+FAMILY = {
+    "rslora": {"kind": "rslora", "alpha": 2.0},
+    "dora": {"kind": "dora"},
+    "patterns": {"alpha": 8.0, "rank_pattern": {"to_out.0": 2}, "alpha_pattern": {"up_proj": 3.0}},
+    "gaussian": {"init": "gaussian"},
+    "pissa": {"init": "pissa"},
+}
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_every_member_trains_saves_loads_and_merges(member, tiny, batches, tmp_path) -> None:
+    config = LoraConfig.model_validate({"rank": 4, **FAMILY[member]})
+    adapted, plain = tiny(0), output(tiny(0), batches(0))
+    add_lora(adapted, config, 0)
+    torch.testing.assert_close(output(adapted, batches(0)), plain, atol=1e-5 if member == "pissa" else 0, rtol=0)
+    start = lora_files.from_module(adapted.transformer, {}) if member == "pissa" else None
+    fast = OptimizerConfig(muon_lr=None, adamw_lr=0.05, warmup_steps=0)
+    train(
+        FlowMatching(adapted, TimestepConfig()), batches, TrainConfig(steps=3, batch_size=4, optimizer=fast), tmp_path
+    )
+    drawn = output(adapted, batches(0))
+    assert float((drawn - plain).abs().max()) > 1e-2
+    save_adapter(adapted, tmp_path / "adapter", {"base": "abc"}, start)
+    again = tiny(0)
+    load_adapter(again, tmp_path / "adapter", base="abc")
+    torch.testing.assert_close(output(again, batches(0)), drawn, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output(merge(again), batches(0)), drawn, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output(merge(adapted), batches(0)), drawn, atol=2e-5, rtol=1e-4)
+
+
+def test_patterns_set_rank_and_scale_of_their_layers(tiny) -> None:
+    denoiser = tiny(0)
+    add_lora(denoiser, LoraConfig.model_validate({"rank": 4, **FAMILY["patterns"]}), 0)
+    layers = {n: m for n, m in denoiser.transformer.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in layers.items():
+        rank = 2 if name.endswith("to_out.0") else 4
+        scale = 3 / 4 if name.endswith("up_proj") else 2.0
+        assert (layer.r["default"], layer.scaling["default"]) == (rank, pytest.approx(scale)), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"to_uot.0": 2}}, "lora pattern 'to_uot.0' matches no target layer"),
+        ({"alpha_pattern": {"norm": 2}}, "lora pattern 'norm' matches no target layer"),
+        ({"rank_pattern": {"up_proj": 64}}, "lora.rank_pattern.up_proj=64 exceeds the smaller side of blocks.0"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_errors(settings, message, tiny) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_lora(tiny(0), LoraConfig.model_validate({"rank": 4, **settings}), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"up_proj": 0}}, "lora.rank_pattern.up_proj=0 is not above 0"),
+        ({"alpha_pattern": {"up_proj": -1.0}}, "lora.alpha_pattern.up_proj=-1.0 is not above 0"),
+        ({"init": "pissa", "kind": "dora"}, "lora.init=pissa changes the base, whose rows dora measures"),
+        ({"kind": "lokr"}, "lokr"),
+    ],
+)
+def test_settings_without_meaning_are_errors(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraConfig.model_validate(settings)
+
+
+def test_pissa_is_refused_where_the_base_is_the_reference() -> None:
+    pissa = {"lora": {"init": "pissa"}}
+    with pytest.raises(ValueError, match="lora.init=pissa .* prior"):
+        DreamBoothConfig.model_validate({"prior": "prediction", **pissa})
+    DreamBoothConfig.model_validate({"prior": "pictures", **pissa})
+    DreamBoothConfig.model_validate({"prior_weight": 0.0, **pissa})
+    with pytest.raises(ValueError, match="lora.init=pissa"):
+        ConsistencyConfig.model_validate(pissa)
+
+
 def test_training_moves_the_adapter_and_not_the_base(tiny, batches, tmp_path) -> None:
     adapted, base = tiny(0), tiny(0)
     add_lora(adapted, CONFIG, 0)
@@ -87,6 +167,33 @@ def test_batch_mean_is_instance_loss_plus_weighted_prior_loss() -> None:
     alone = mixed_batches(pictures(3, 1.0), pictures(0, 0.0), 1.0, slots, 0)(0)
     assert alone.weight is not None
     assert alone.weight.tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["prediction", "pictures"])
+def test_the_loss_is_instance_plus_weight_times_prior(reference, tiny) -> None:
+    """Test 16: L(w) = L_instance + w L_prior, each the mean over its own half; w = 0 leaves the subject alone."""
+    generator = torch.Generator().manual_seed(5)
+
+    def some(count: int) -> Pictures:
+        return Pictures(torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1,
+                        torch.randn(count, 2, 16, generator=generator), torch.ones(count, 2).bool())  # fmt: skip
+
+    instance, prior, slots = some(3), some(5), tuple(range(8))
+    adapted = tiny(0)
+    add_lora(adapted, CONFIG, 0)
+    shake(adapted)
+    objective = DreamBooth(adapted, TimestepConfig(), tiny(0) if reference else None)
+
+    def loss(weight: float, keep: bool | None = None) -> float:
+        batch = mixed_batches(instance, prior, weight, slots, 0)(0)
+        if keep is not None:
+            batch.weight = 2.0 * (batch.extra["prior"] == keep)
+        return float(objective.loss("denoiser", objective.prepare(batch, Randomness(0, 0, slots))).total.detach())
+
+    of_instance, of_prior = loss(1.0, keep=False), loss(1.0, keep=True)
+    assert of_prior > 1e-3
+    for weight in (0.0, 0.25, 3.0):
+        assert loss(weight) == pytest.approx(of_instance + weight * of_prior, abs=1e-6, rel=1e-6)
 
 
 def class_gradient(objective: DreamBooth, batch) -> float:

@@ -18,7 +18,7 @@ from models.personalization.lora import add_lora
 
 LAYER = "transformer_blocks.0.attn.to_q"
 BASE = "sha256:0123"  # what conftest writes
-VARIANTS = ("alpha-r", "alpha-4r", "rslora", "mixed")
+VARIANTS = ("alpha-r", "alpha-4r", "rslora", "dora", "mixed")
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -78,7 +78,9 @@ def test_fresh_adapter_and_weight_zero_change_no_bit(stock, base, adapted) -> No
     assert torch.equal(draw(adapted(fresh=True)), draw(base()))
     zeros = {name.removeprefix("zero-"): value for name, value in stock.items() if name.startswith("zero-")}
     assert len(zeros) == 2 * len(VARIANTS) + 2
-    assert all(torch.equal(value, stock[f"plain-{name}"]) for name, value in zeros.items())
+    plain = {name: value for name, value in zeros.items() if "dora" not in name}  # diffusers leaves DoRA's m in force
+    assert len(plain) == len(zeros) - 2
+    assert all(torch.equal(value, stock[f"plain-{name}"]) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,6 +98,8 @@ def test_every_form_comes_back_to_the_bit(variant, tmp_path, base, adapted, adap
             assert torch.equal(again.layers[name][0], a)
             assert torch.equal(again.layers[name][1], b)
             assert torch.equal(module.get_submodule(name).get_delta_weight("default"), b @ a)
+        assert again.magnitudes.keys() == source.magnitudes.keys()
+        assert all(torch.equal(again.magnitudes[name], m) for name, m in source.magnitudes.items())
         assert error(draw(module), draw(adapted(variant))) <= 1e-6
 
 
@@ -171,10 +175,26 @@ def test_all_forms_on_prx(tiny, batches, tmp_path) -> None:
             assert torch.equal(again(batch.images, t, batch.tokens, batch.mask)[0], want)
 
 
+def test_dora_changes_the_weight_by_equation_5(base, adapted, adapter) -> None:
+    """The merged weight is m (W + B A) / |W + B A|, row by row, and draws what peft's layers draw."""
+    dora, weights = adapter("dora"), base().state_dict()
+    w, (a, b) = weights[f"{LAYER}.weight"], dora.layers[LAYER]
+    for row in range(3):
+        moved = w[row] + sum(b[row, k] * a[k] for k in range(4))
+        want = dora.magnitudes[LAYER][row] * moved / moved.square().sum().sqrt()
+        torch.testing.assert_close(w[row] + dora.change(LAYER, w)[row], want)
+    merged = base()
+    merged.load_state_dict({n: v for n, v in weights.items()} | {
+        f"{n}.weight": weights[f"{n}.weight"] + dora.change(n, weights[f"{n}.weight"]) for n in dora.layers
+    })  # fmt: skip
+    assert error(draw(merged), draw(adapted("dora"))) <= 1e-5
+    assert torch.equal(draw(adapted("dora", fresh=True)), draw(base()))
+
+
 def test_what_has_no_file_form_is_not_saved(base) -> None:
     with pytest.raises(ValueError, match="the module has no adapter 'default'"):
         lora_files.from_module(base(), {})
     module = base()
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"], r=2, use_dora=True), module)
-    with pytest.raises(ValueError, match="attn.to_q: only plain LoRA"):
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"], r=2, lora_bias=True), module)
+    with pytest.raises(ValueError, match="attn.to_q: only LoRA and DoRA"):
         lora_files.from_module(module, {})

@@ -39,7 +39,13 @@ REFUSED = {
     "other base's outputs": (lambda t: t | {KEY_B: torch.ones(48, 4)}, rf"{KEY_B} has shape \(48, 4\), not \(32, 4\)"),
     "ranks differ": (lambda t: t | {KEY_B: torch.ones(32, 3)}, rf"{KEY_B} has shape \(32, 3\), not \(32, 4\)"),
     "one number": (lambda t: t | {KEY_A: torch.tensor(1.0)}, rf"{KEY_A} has shape \(\)"),
-    "DoRA": (lambda t: t | {f"transformer.{LAYER}.lora_magnitude_vector": torch.ones(32)}, "lora_magnitude_vector is no part"),
+    "one magnitude": (
+        lambda t: t | {f"transformer.{LAYER}.lora_magnitude_vector": torch.ones(32)}, "has no DoRA magnitude, other layers",
+    ),
+    "a magnitude alone": (
+        lambda t: t | {f"transformer.{LAYER[:-1]}k_extra.lora_magnitude_vector": torch.ones(32)}, "matches 0 layers",
+    ),
+    "LoKr": (lambda t: t | {f"transformer.{LAYER}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 is no part of a LoRA or DoRA"),
     "empty": (lambda t: {}, "holds no tensors"),
 }  # fmt: skip
 
@@ -96,6 +102,23 @@ def test_pickles_are_never_opened(name, tmp_path, base) -> None:
             lora_import.read(path, base())
 
 
+def test_a_dora_file_must_be_whole(tmp_path, base, adapter) -> None:
+    file = lora_files.save_diffusers(adapter("dora"), tmp_path)
+    tensors, key = load_file(file), f"transformer.{LAYER}.lora_magnitude_vector"
+    for value, message in (
+        (torch.ones(48), r"\(48,\), not \(32,\)"),
+        (poisoned(tensors[key], float("nan")), "has NaN"),
+    ):
+        save_file(tensors | {key: value}, file)
+        with pytest.raises(ValueError, match=message):
+            lora_import.read(file, base())
+    save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, tmp_path / "x.safetensors",
+              metadata={"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4,
+                                                              "transformer.use_dora": True})})  # fmt: skip
+    with pytest.raises(ValueError, match="has no DoRA magnitudes, but use_dora is True"):
+        lora_import.read(tmp_path / "x.safetensors", base())
+
+
 def test_broken_and_missing_files(tmp_path, base) -> None:
     with pytest.raises(ValueError, match="no such adapter"):
         lora_import.read(tmp_path, base())
@@ -109,7 +132,8 @@ def test_broken_and_missing_files(tmp_path, base) -> None:
     [
         ({"r": 8}, "has rank 4, its settings say 8"),
         ({"lora_alpha": -1}, "lora_alpha of .* is -1"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "has no DoRA magnitudes, but use_dora is True"),
+        ({"lora_bias": True}, "lora_bias"),
         ([], "is a list"),
         (None, "adapter_config.json: missing"),
     ],

@@ -1,0 +1,70 @@
+"""The pictures of a subject as DreamBooth trains on them: squares of the model's side, captions that name the subject."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerBase
+
+from data_curation import scenes as demo
+from data_curation.decode import open_picture
+from data_curation.subject import PICTURES
+from infra.errors import ConfigError, DataRefused
+from models.engine.randomness import derive_seed
+from models.personalization.config import DreamBoothConfig
+from models.personalization.rare_token import words_of
+
+INSTANCE_SCENES = (
+    ("big", "white"), ("top left", "pink"), ("big", "blue"), ("bottom right", "green"), ("three", "gray"),
+    ("big", "black"), ("top right", "white"), ("bottom left", "blue"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Pictures uint8 [N, side, side, 3] and a caption for each."""
+
+    images: np.ndarray
+    captions: list[str]
+
+
+def demo_subject(config: DreamBoothConfig, token: str, side: int) -> Subject:
+    """A few drawn scenes with an object that no published picture shows."""
+    if config.subject not in demo.SUBJECT_OBJECTS:
+        raise ConfigError(
+            f"personalize subject {config.subject!r} is unknown; choose one of {sorted(demo.SUBJECT_OBJECTS)}, "
+            "or a folder of pictures, written with a slash"
+        )
+    places = [INSTANCE_SCENES[i % len(INSTANCE_SCENES)] for i in range(config.pictures)]
+    scenes = [demo.Scene(layout, (config.subject,), color) for layout, color in places]
+    images = demo.draw_batch(scenes, side, seed=derive_seed(config.train.seed, "instance") % 2**31)
+    phrase = f"{token} {config.class_word}"
+    return Subject(images, [demo.short_caption(scene).replace(config.subject, phrase) for scene in scenes])
+
+
+def own_subject(
+    config: DreamBoothConfig, folder: Path, token: str, side: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Subject:
+    """What read_subject stored; the middle square of each picture, scaled to the side."""
+    rows = pq.read_table(folder / PICTURES, page_checksum_verification=True).to_pylist()
+    phrase, captions = f"{token} {config.class_word}", []
+    for number, row in enumerate(rows):
+        written = row["caption"] or config.templates[number % len(config.templates)]
+        caption = written.replace("{subject}", phrase)
+        if token.lower() not in words_of([caption]):
+            raise DataRefused(
+                f"the caption of {row['name']}, {written!r}, does not name the subject; "
+                f"write {{subject}} where it stands, or the token {token!r} before its class"
+            )
+        length = len(tokenizer(caption)["input_ids"])
+        if length > max_tokens:
+            raise DataRefused(
+                f"the caption of {row['name']} has {length} tokens, more than the model reads ({max_tokens}); shorten it"
+            )
+        captions.append(caption)
+    images = [ImageOps.fit(open_picture(row["image"]), (side, side), Image.Resampling.LANCZOS) for row in rows]
+    return Subject(np.stack([np.asarray(image) for image in images]), captions)
