@@ -41,7 +41,7 @@ def read_subject(config: SubjectFolder, ctx: StageContext) -> dict[str, Any]:
     if not config.fewest <= len(files) <= config.most:
         raise DataRefused(
             f"subject folder {folder} has {len(files)} pictures, not {config.fewest} to {config.most}; "
-            f"give more or fewer of {', '.join(sorted(SUFFIXES))}"
+            "give more or fewer (JPEG, PNG, WebP or AVIF)"
         )
     rows, faults = list[Row](), list[str]()
     with Decoder(config.max_pixels, config.decode_memory_mb, config.decode_seconds) as decoder:

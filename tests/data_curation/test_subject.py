@@ -68,7 +68,7 @@ def test_the_same_folder_gives_the_same_bytes_and_a_changed_one_is_refused(folde
 def test_too_few_too_many_and_no_pictures(folder, tmp_path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataRefused, match="has 0 pictures, not 3 to 30; give more or fewer of .avif, .jpeg"):
+    with pytest.raises(DataRefused, match="has 0 pictures, not 3 to 30; give more or fewer"):
         read(SubjectFolder(path=empty), tmp_path / "out")
     picture(0).save(empty / "one.png")
     with pytest.raises(DataRefused, match="has 1 pictures, not 3 to 30"):
