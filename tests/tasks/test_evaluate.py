@@ -79,7 +79,7 @@ def test_grid_shows_many_layouts_and_diversity_repeats_prompts() -> None:
     grid = grid_prompts(10, 3, (SUBJECT,))
     assert len(grid) == 11
     assert len({scene.layout for scene in grid.scenes[:8]}) == 8
-    assert "zwx robot" in grid.texts[-1]
+    assert "eels robot" in grid.texts[-1]
     several = several_seeds(3, 4, 1)
     assert len(set(several.texts[:4])) == 1
     assert len(set(several.seeds)) == 12
@@ -110,7 +110,7 @@ def test_scores_tell_drawings_from_noise_and_compare_with_the_parent(run) -> Non
 def test_a_mix_is_asked_for_every_subject_and_compared_with_each_alone(run) -> None:
     """noise plays the checkpoint that learnt the octopus; the mix "sft" draws both subjects right."""
     octopus = SubjectConfig(
-        stage="noise", parent="sft", scene_object="octopus", phrase="zwx octopus", prompts=4, mixed=("sft",)
+        stage="noise", parent="sft", scene_object="octopus", phrase="vox octopus", prompts=4, mixed=("sft",)
     )
     robot = SUBJECT.model_copy(update={"mixed": ("sft",), "parent": "noise"})
     MEANING.update(zip(*(getattr(subject_prompts(octopus, 1234), part) for part in ("texts", "scenes")), strict=True))
