@@ -21,7 +21,7 @@ from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
 from models.personalization.lora import add_lora, merge, save_forms, since
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
-from models.sampling.generate import Generator, load_generator
+from models.sampling.generate import Generator, load_generator, sample_together
 from tasks.subject_pictures import Subject, demo_subject, own_subject
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
@@ -95,7 +95,7 @@ def _prior(config: DreamBoothConfig, ctx: StageContext, captions: list[str], tok
         return Pictures(torch.empty(0), torch.empty(0), torch.empty(0))
     prompts = class_prompts(config, captions, token, count)
     generator = load_generator(ctx.inputs["init"])
-    images = generator.sample(prompts, [derive_seed(config.train.seed, "class", i) for i in range(count)])
+    images = sample_together(generator, prompts, [derive_seed(config.train.seed, "class", i) for i in range(count)])
     return _pictures(images, prompts, max_tokens)
 
 

@@ -61,6 +61,12 @@ def broadcast_parameters(module: nn.Module) -> None:
         dist.broadcast(tensor.data, src=0)
 
 
+def sum_over_workers(tensor: torch.Tensor) -> None:
+    """Replace a tensor by its sum over all workers."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+
+
 def barrier() -> None:
     """Wait for all workers."""
     if world()[1] > 1:
