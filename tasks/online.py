@@ -19,7 +19,7 @@ from models.engine.config import TrainConfig
 from models.engine.distribute import world
 from models.engine.loop import Trainer
 from models.engine.objective import Batch, Objective
-from models.engine.randomness import Randomness
+from models.engine.randomness import Randomness, shuffled
 from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
@@ -41,18 +41,19 @@ MEASURED_ON = 64  # pictures of the start that give a reward its sigma
 
 def grpo(config: GrpoConfig, ctx: StageContext) -> dict[str, Any]:
     """Flow-GRPO of `init`."""
-    start = Start.of(config, ctx)
-    reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
-    objective = FlowGrpo(start.denoiser, reference, start.rewards, start.sampling, config)
-    batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
-    return tune(objective, "policy", batches, config.train, ctx, start)
+    return grouped(FlowGrpo, config, ctx)
 
 
 def nft(config: NftConfig, ctx: StageContext) -> dict[str, Any]:
     """DiffusionNFT of `init`."""
+    return grouped(DiffusionNft, config, ctx)
+
+
+def grouped(method: Callable[..., Objective], config: GrpoConfig | NftConfig, ctx: StageContext) -> dict[str, Any]:
+    """A policy that learns from groups of its own pictures, held by a frozen copy where there is a KL term."""
     start = Start.of(config, ctx)
     reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
-    objective = DiffusionNft(start.denoiser, reference, start.rewards, start.sampling, config)
+    objective = method(start.denoiser, reference, start.rewards, start.sampling, config)
     batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
     return tune(objective, "policy", batches, config.train, ctx, start)
 
@@ -113,11 +114,7 @@ def prompt_batches(prompts: Prompts, side: int, train: TrainConfig, group: int) 
 
     def batch(step: int) -> Batch:
         places = [step * groups + slot // group for slot in slots]
-        order = {
-            epoch: torch.randperm(prompts.trained, generator=Randomness(train.seed, epoch, ()).shared("prompt order"))
-            for epoch in {place // prompts.trained for place in places}
-        }
-        rows = torch.stack([order[place // prompts.trained][place % prompts.trained] for place in places])
+        rows = shuffled(train.seed, "prompt order", prompts.trained, places)
         return prompts.batch(rows, slots, side)
 
     return batch

@@ -19,7 +19,7 @@ from infra.stages import StageContext
 from models.engine.distribute import one_thread
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
-from models.engine.randomness import Randomness, derive_seed
+from models.engine.randomness import derive_seed, shuffled
 from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import read_card
@@ -118,12 +118,7 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
     slots = local_slots(size)
 
     def batch(step: int) -> Batch:
-        places = [step * size + slot for slot in slots]
-        order = {
-            epoch: torch.randperm(count, generator=Randomness(seed, epoch, ()).shared("pair order"))
-            for epoch in {place // count for place in places}
-        }
-        rows = torch.stack([order[place // count][place % count] for place in places])
+        rows = shuffled(seed, "pair order", count, [step * size + slot for slot in slots])
         ids = caption[rows]
         return Batch(
             to_model(pictures["winner"][rows.numpy()]), tokens[ids], mask[ids], slots,

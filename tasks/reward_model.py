@@ -16,7 +16,8 @@ from infra.stages import StageContext
 from models.engine.distribute import one_thread
 from models.engine.loop import train, write_metrics
 from models.engine.objective import Batch
-from models.engine.randomness import Randomness, derive_seed
+from models.engine.randomness import derive_seed, shuffled
+from models.engine.weights import put_weights
 from models.evaluation.intervals import wilson
 from models.networks import text_encoder
 from models.networks.discriminator import text_vector
@@ -85,12 +86,7 @@ def batches_of(pairs: Pairs, size: int, seed: int) -> Callable[[int], Batch]:
     chosen = torch.from_numpy(np.flatnonzero(pairs.part == "train"))
 
     def batch(step: int) -> Batch:
-        places = [step * size + slot for slot in range(size)]
-        order = {
-            epoch: torch.randperm(len(chosen), generator=Randomness(seed, epoch, ()).shared("pair order"))
-            for epoch in {place // len(chosen) for place in places}
-        }
-        rows = chosen[torch.stack([order[place // len(chosen)][place % len(chosen)] for place in places])]
+        rows = chosen[shuffled(seed, "pair order", len(chosen), range(step * size, (step + 1) * size))]
         text = pairs.text[rows][:, None]
         extra = {"winner": pairs.winner[rows], "loser": pairs.loser[rows]}
         return Batch(text, text, torch.ones(len(rows), 1, dtype=torch.bool), tuple(range(size)), extra=extra)
@@ -107,10 +103,8 @@ def reward_model(config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]
         scorer.standardise(torch.cat([pairs.winner[chosen], pairs.loser[chosen]]), pairs.text[chosen])
         batches = batches_of(pairs, config.train.batch_size, config.train.seed)
         trainer = train(BradleyTerry(scorer), batches, config.train, ctx.scratch, ctx.progress)
-        parameters = dict(scorer.named_parameters())
+        put_weights(scorer, trainer.emas["scorer"].average)
         with torch.no_grad():
-            for name, value in trainer.emas["scorer"].average.items():
-                parameters[name].copy_(value)
             scores = [scorer(side, pairs.text).numpy() for side in (pairs.winner, pairs.loser)]
     trained = np.concatenate([side[pairs.part == "train"] for side in scores])
     model = RewardModel(scorer, ImageEncoder(), float(trained.mean()), float(trained.std()))

@@ -14,16 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from data_curation.dataset import TrainingSet
+from infra.arrays import save_arrays
 from infra.errors import ConfigError, DataRefused
 from infra.stages import StageContext
 from models.distillation.config import PairStoreConfig
 from models.engine.config import TrainConfig
 from models.engine.distribute import one_thread
 from models.engine.objective import Batch
-from models.engine.randomness import Randomness, derive_seed
+from models.engine.randomness import derive_seed, shuffled
 from models.sampling.generate import load_generator
 from tasks.training_data import TrainingData, local_slots
 
@@ -81,7 +82,7 @@ def draw_shard(item: tuple[PairStoreConfig, Path, list[str], list[int], Path]) -
         side, guidance = config.resolution, 1.0 if distilled else config.guidance
         images = generator.draw(prompts, seeds, width=side, height=side, steps=config.steps, guidance=guidance)
     partial = path.with_suffix(".partial")
-    save_file({"images": images, "seeds": np.array(seeds, np.int64)}, partial)
+    save_arrays(partial, {"images": images, "seeds": np.array(seeds, np.int64)})
     partial.rename(path)
 
 
@@ -117,16 +118,10 @@ def pair_batches(
     `teachers` are the digests of the checkpoints whose pairs are accepted.
     """
     store, size, slots = PairStore(folder, teachers), config.batch_size, local_slots(config.batch_size)
-    count = len(store)
     height, width = store.images.shape[2:]
 
     def batch(step: int) -> Batch:
-        places = [step * size + slot for slot in slots]
-        order = {
-            epoch: torch.randperm(count, generator=Randomness(config.seed, epoch, ()).shared("pair order"))
-            for epoch in {place // count for place in places}
-        }
-        rows = [int(order[place // count][place % count]) for place in places]
+        rows = shuffled(config.seed, "pair order", len(store), [step * size + slot for slot in slots]).tolist()
         tokens, mask = data.set.text(store.captions[rows])
         noise = torch.stack([noise_of(store.seeds[row], height, width) for row in rows])
         images = torch.from_numpy(store.images[rows])

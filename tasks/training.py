@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tensorboardX import SummaryWriter
 
@@ -18,6 +16,7 @@ from models.engine.config import TrainConfig
 from models.engine.distribute import world
 from models.engine.loop import Trainer, Watch, train, write_metrics
 from models.engine.objective import Batch, Objective
+from models.engine.weights import with_weights
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.prx import Denoiser
@@ -32,13 +31,9 @@ GRID_PROMPTS = 12
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
     """A copy of `denoiser` with the player's averaged weights; `prefix` is its name inside the player."""
-    clone = copy.deepcopy(denoiser)
-    parameters = dict(clone.named_parameters())
-    with torch.no_grad():
-        for name, value in trainer.emas[player].average.items():
-            if name.startswith(prefix):
-                parameters[name.removeprefix(prefix)].copy_(value)
-    return clone
+    average = trainer.emas[player].average
+    own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+    return with_weights(denoiser, own)
 
 
 def run_training(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
@@ -32,6 +31,7 @@ from models.distillation.scm import ContinuousConsistency
 from models.engine.config import OptimizerConfig
 from models.engine.loop import Trainer
 from models.engine.objective import Objective
+from models.engine.weights import with_weights
 from models.networks.discriminator import Critic, CriticHead
 from models.networks.image_encoder import CHANNELS, ImageEncoder
 from models.networks.prx import Denoiser
@@ -186,23 +186,9 @@ def _plain(nets: Networks) -> Callable[[Trainer], Denoiser]:
     return lambda trainer: with_weights(nets.student, trainer.emas["student"].average)
 
 
-def with_weights(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> Denoiser:
-    """A copy of `denoiser` with these of its weights replaced."""
-    clone = copy.deepcopy(denoiser)
-    parameters = dict(clone.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
-    return clone
-
-
 def at_scalar(trainer: Trainer, told: ConditionedDenoiser, scalar: float) -> Denoiser:
     """The averaged student for one value of its extra scalar."""
-    averaged = copy.deepcopy(told)
-    parameters = dict(averaged.named_parameters())
-    with torch.no_grad():
-        for name, value in trainer.emas["student"].average.items():
-            parameters[name].copy_(value)
+    averaged = with_weights(told, trainer.emas["student"].average)
     return folded(averaged.denoiser, averaged.embedding, scalar)
 
 

@@ -22,6 +22,7 @@ from models.distillation.config import ConsistencyConfig
 from models.distillation.grid import Schedule
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
+from models.engine.weights import put_weights
 from models.networks.prx import Denoiser, velocity_of
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import euler_step
@@ -105,7 +106,4 @@ class ConsistencyDistillation:
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
-        parameters = dict(self.target.named_parameters())
-        with torch.no_grad():
-            for name, value in tensors.items():
-                parameters[name].copy_(value)
+        put_weights(self.target, tensors)

@@ -23,6 +23,7 @@ from models.engine.objective import Batch, Objective
 from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
 from models.engine.state import load_state, save_state
+from models.engine.weights import put_weights
 
 MAX_SKIPPED = 20
 
@@ -96,10 +97,7 @@ class Trainer:
             return False
         self.step, groups, meta = found
         for name, module in self.players.items():
-            parameters = dict(module.named_parameters())
-            with torch.no_grad():
-                for key, value in groups[f"{name}.weights"].items():
-                    parameters[key].copy_(value)
+            put_weights(module, groups[f"{name}.weights"])
             self.optimizers[name].load_tensors(groups[f"{name}.optimizer"])
             self.emas[name].average = groups[f"{name}.ema"]
             self.emas[name].updates = meta["updates"][name]

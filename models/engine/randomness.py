@@ -7,6 +7,7 @@ a run was interrupted, and a checkpoint holds no generator state.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,3 +54,12 @@ class Randomness:
     def shared(self, stream: str) -> torch.Generator:
         """One generator for the whole step, the same on every worker."""
         return torch.Generator().manual_seed(derive_seed(self.seed, stream, self.step))
+
+
+def shuffled(seed: int, stream: str, count: int, places: Sequence[int]) -> torch.Tensor:
+    """Rows [len(places)] at these places of an endless list of `count` rows that has a fresh order in each epoch."""
+    order = {
+        epoch: torch.randperm(count, generator=Randomness(seed, epoch, ()).shared(stream))
+        for epoch in {place // count for place in places}
+    }
+    return torch.stack([order[place // count][place % count] for place in places])

@@ -19,6 +19,7 @@ from torch import nn
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
+from models.engine.weights import put_weights
 from models.networks.prx import Denoiser, velocity_of
 from models.posttraining.advantages import LARGEST, weighted_advantages
 from models.posttraining.config import NftConfig
@@ -101,12 +102,9 @@ class DiffusionNft:
         """The old policy's weights, for the checkpoint."""
         return {name: p.detach() for name, p in self.old.named_parameters()}
 
-    @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
-        parameters = dict(self.old.named_parameters())
-        for name, value in tensors.items():
-            parameters[name].copy_(value)
+        put_weights(self.old, tensors)
 
 
 def scaled_error(x: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ the same ones.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
+from models.engine.weights import put_weights, with_weights
 from models.networks.prx import Denoiser, velocity_of
 from models.posttraining.config import GuardConfig
 from models.posttraining.reward import Reward
@@ -85,7 +86,7 @@ class Guard:
     def look(self, trainer: Trainer) -> None:
         """Measure the averaged weights; keep them if they are the best, end the run if they are bad for long."""
         average = trainer.emas[self.player].average
-        found = self._measure(loaded(self.start, average), trainer.step)
+        found = self._measure(with_weights(self.start, average), trainer.step)
         faults = self.faults(found)
         if not faults and all(found.held_out > old.held_out for old in self.looks if not self.faults(old)):
             self.best, self.best_step = {name: value.clone() for name, value in average.items()}, found.step
@@ -176,9 +177,8 @@ class Guard:
         return tuple(found)
 
     def _restore(self, trainer: Trainer) -> None:
-        parameters = dict(trainer.players[self.player].named_parameters())
+        put_weights(trainer.players[self.player], self.best)
         for name, value in self.best.items():
-            parameters[name].copy_(value)
             trainer.emas[self.player].average[name].copy_(value)
 
 
@@ -192,12 +192,3 @@ def rows(asked: Batch, part: slice) -> Batch:
     extra = {name: value[part] for name, value in asked.extra.items()}
     return replace(asked, images=asked.images[part], tokens=asked.tokens[part], mask=asked.mask[part],
                    slots=asked.slots[part], extra=extra)  # fmt: skip
-
-
-def loaded(start: Denoiser, weights: Mapping[str, torch.Tensor]) -> Denoiser:
-    """A copy of the start with these of its weights replaced."""
-    net = copy.deepcopy(start)
-    parameters = dict(net.named_parameters())
-    for name, value in weights.items():
-        parameters[name].copy_(value)
-    return net

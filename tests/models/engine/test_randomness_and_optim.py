@@ -9,7 +9,7 @@ from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.ema import PowerEma
 from models.engine.muon import Muon, orthogonalise
 from models.engine.optim import PlayerOptimizer, rate_factor, split_parameters
-from models.engine.randomness import Randomness, derive_seed
+from models.engine.randomness import Randomness, derive_seed, shuffled
 
 
 def test_draws_depend_on_the_slot_not_on_who_draws_it() -> None:
@@ -35,6 +35,15 @@ def test_stratified_numbers_leave_no_gap_and_are_uniform_one_by_one() -> None:
 def test_derived_seeds_are_stable_across_processes() -> None:
     assert derive_seed(0, "noise", 3, 1) == 1944017832763747053
     assert derive_seed(1, "a") != derive_seed(1, "b")
+
+
+def test_every_epoch_shows_every_row_once_in_an_order_of_its_own() -> None:
+    rows = shuffled(3, "rows", 7, range(21)).tolist()
+    epochs = [rows[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert shuffled(3, "rows", 7, [13, 2]).tolist() == [rows[13], rows[2]]
+    assert shuffled(3, "others", 7, range(21)).tolist() != rows
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:
