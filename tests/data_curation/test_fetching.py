@@ -5,7 +5,7 @@ import io
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from data_curation.fetch_process import by_turns, fetch_rows, watchdog, worth_re
 from data_curation.manifest import KEEP, ROWS_SCHEMA, Row, read_manifest, write_table
 from data_curation.sources import read_source
 from infra.errors import DataRefused
-from infra.stages import Resources, StageContext, fan_out_here, no_progress
+from infra.stages import StageContext
 
 
 def failed(reason: str, retry_after: str | None = None) -> Row:
@@ -157,16 +157,8 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-def context(root: Path, name: str, **inputs: str) -> StageContext:
-    out, scratch = root / name, root / f"{name}.scratch"
-    out.mkdir()
-    scratch.mkdir()
-    folders = {role: root / stage for role, stage in inputs.items()}
-    return StageContext(name, folders, {}, out, scratch, Resources(), no_progress, fan_out_here)
-
-
 @pytest.mark.slow
-def test_a_site_that_behaves_badly(tmp_path: Path, site: str) -> None:
+def test_a_site_that_behaves_badly(tmp_path: Path, site: str, context: Callable[..., StageContext]) -> None:
     expected: dict[str, tuple[str, Any]] = {
         "/fine.png": ("keep", []), "/drip.png": ("error", ["timeout"]), "/busy.png": ("keep", []),
         "/moved.png": ("keep", []), "/optout.png": ("drop", ["opted_out"]), "/hop.png": ("drop", ["opted_out"]),
@@ -193,7 +185,9 @@ def test_a_site_that_behaves_badly(tmp_path: Path, site: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_shard_ends_at_its_deadline_and_a_run_without_pictures_is_refused(tmp_path: Path, site: str) -> None:
+def test_a_shard_ends_at_its_deadline_and_a_run_without_pictures_is_refused(
+    tmp_path: Path, site: str, context: Callable[..., StageContext]
+) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(f"{site}/drip.png?{i}" for i in range(40)))
     Web.asked.clear()

@@ -1,6 +1,6 @@
 """The curation end to end on a small demo web: real server, real img2dataset, real encoders."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,19 @@ from data_curation.scenes import all_scenes, draw, short_caption
 from data_curation.sources import read_source
 from infra.artifacts import folder_digest
 from infra.errors import ConfigError, DataRefused
-from infra.stages import Resources, StageContext, fan_out_here, no_progress
+from infra.stages import StageContext
 
 Run = Callable[..., dict[str, Any]]
 
 
-def context(root: Path, name: str, inputs: Mapping[str, str]) -> StageContext:
-    out, scratch = root / name, root / f"{name}.scratch"
-    out.mkdir()
-    scratch.mkdir(exist_ok=True)
-    folders = {role: root / stage for role, stage in inputs.items()}
-    return StageContext(name, folders, {}, out, scratch, Resources(), no_progress, fan_out_here)
-
-
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def web(tmp_path_factory: pytest.TempPathFactory, context: Callable[..., StageContext]) -> Path:
     root = tmp_path_factory.mktemp("web")
     config = DemoWebConfig(rows=120, defect_share=0.5, longest_side=160)
-    publish_demo_web(config, context(root, "source", {}))
+    publish_demo_web(config, context(root, "source"))
     again = root / "again"
     again.mkdir()
-    publish_demo_web(config, context(again, "source", {}))
+    publish_demo_web(config, context(again, "source"))
     assert folder_digest(again / "source")[0] == folder_digest(root / "source")[0]
     return root
 
@@ -70,9 +62,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_curation_of_a_small_web(web: Path, counted: list[str]) -> None:
+def test_curation_of_a_small_web(web: Path, counted: list[str], context: Callable[..., StageContext]) -> None:
     config = DownloadConfig(shard_rows=50)
-    facts = download(config, context(web, "download", {"source": "source"}))
+    facts = download(config, context(web, "download", source="source"))
     assert facts["received"] == 120 == facts["kept"] + facts["errored"] + sum(facts["dropped"].values())
     assert len(set(counted)) == 120
     whole = folder_digest(web / "download")[0]
@@ -83,14 +75,14 @@ def test_curation_of_a_small_web(web: Path, counted: list[str]) -> None:
         (web / "download.scratch" / f"rows-{shard:05d}.parquet").unlink()
     first = {row["url"].split("localhost")[1] for row in pq.read_table(web / "kept" / "rows-00000.parquet").to_pylist()}
     counted.clear()
-    assert download(config, context(web, "download", {"source": "source"}))["shards_reused"] == 1
+    assert download(config, context(web, "download", source="source"))["shards_reused"] == 1
     assert not first & set(counted)
     assert folder_digest(web / "download")[0] == whole
 
     images = {"images": "download"}
-    deduplicate(DedupConfig(), context(web, "dedup", {"rows": "download"}))
-    filter_quality(QualityConfig(), context(web, "quality", {"rows": "dedup"} | images))
-    facts = assign_buckets(BucketsConfig(), context(web, "buckets", {"rows": "quality", "truth": "source"}))
+    deduplicate(DedupConfig(), context(web, "dedup", rows="download"))
+    filter_quality(QualityConfig(), context(web, "quality", rows="dedup", **images))
+    facts = assign_buckets(BucketsConfig(), context(web, "buckets", rows="quality", truth="source"))
     assert facts["received"] == 120
     truth = facts["truth"]["defects"]
     for defect in truth.keys() - {"caption_mismatch", "near_duplicate"}:  # too few rows to judge captions
@@ -98,7 +90,7 @@ def test_curation_of_a_small_web(web: Path, counted: list[str]) -> None:
     assert truth["near_duplicate"]["caught"] >= truth["near_duplicate"]["planted"] - 1
     assert facts["truth"]["sound_rows_lost"] <= 1
 
-    facts = encode(EncodeConfig(), context(web, "encode", {"manifest": "buckets"} | images))
+    facts = encode(EncodeConfig(), context(web, "encode", manifest="buckets", **images))
     data = TrainingSet.open(web / "encode")
     kept = [row for row in read_manifest(web / "buckets") if row["decision"] == "keep"]
     assert (facts["pictures"], data.captions[0]) == (len(kept), "")
@@ -121,15 +113,15 @@ def test_curation_of_a_small_web(web: Path, counted: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_list_cannot_reach_this_machine(tmp_path: Path, web: Path) -> None:
+def test_a_list_cannot_reach_this_machine(tmp_path: Path, web: Path, context: Callable[..., StageContext]) -> None:
     port = 8000
     listed = tmp_path / "urls.txt"
     listed.write_text(
         f"http://127.0.0.1:{port}/a.png\nhttp://localhost:{port}/b.png\nfile:///etc/hostname\n\nnonsense\n"
     )
-    read_source(ListSource(path=listed), context(tmp_path, "source", {}))
+    read_source(ListSource(path=listed), context(tmp_path, "source"))
     with pytest.raises(DataRefused, match="none of 4 rows gave a picture"):
-        download(DownloadConfig(retries=0), context(tmp_path, "download", {"source": "source"}))
+        download(DownloadConfig(retries=0), context(tmp_path, "download", source="source"))
     rows = {row["url"]: row["reasons"] for row in read_manifest(tmp_path / "download")}
     assert rows[f"http://127.0.0.1:{port}/a.png"] == rows[f"http://localhost:{port}/b.png"] == ["refused_address"]
     assert rows["file:///etc/hostname"] == rows["nonsense"] == ["bad_url"]
@@ -142,7 +134,9 @@ def test_a_taken_port_is_named(web: Path) -> None:
             pass
 
 
-def test_changed_data_changes_the_key_and_is_refused_under_the_old_one(tmp_path: Path) -> None:
+def test_changed_data_changes_the_key_and_is_refused_under_the_old_one(
+    tmp_path: Path, context: Callable[..., StageContext]
+) -> None:
     listed = tmp_path / "urls.txt"
     listed.write_text("http://example.org/a.png\n")
     before = ListSource(path=listed)
@@ -150,7 +144,7 @@ def test_changed_data_changes_the_key_and_is_refused_under_the_old_one(tmp_path:
     assert ListSource(path=listed).fingerprint != before.fingerprint
     assert ListSource.model_validate(before.model_dump(mode="json")) == before
     with pytest.raises(DataRefused, match="changed since"):
-        read_source(before, context(tmp_path, "source", {}))
+        read_source(before, context(tmp_path, "source"))
 
 
 @pytest.mark.slow

@@ -22,15 +22,7 @@ from data_curation.layouts import look
 from data_curation.manifest import Row, read_manifest
 from data_curation.sources import read_source
 from infra.errors import ConfigError, DataRefused
-from infra.stages import Resources, StageContext, fan_out_here, no_progress
-
-
-def context(root: Path, name: str, **inputs: str) -> StageContext:
-    out, scratch = root / name, root / f"{name}.scratch"
-    out.mkdir()
-    scratch.mkdir()
-    folders = {role: root / stage for role, stage in inputs.items()}
-    return StageContext(name, folders, {}, out, scratch, Resources(), no_progress, fan_out_here)
+from infra.stages import StageContext
 
 
 def pictures() -> dict[str, tuple[bytes, str]]:
@@ -114,7 +106,7 @@ def content(rows: list[Row]) -> list[str]:
     return sorted(json.dumps({k: v for k, v in row.items() if k not in PLACE}, sort_keys=True) for row in rows)
 
 
-def test_the_same_pictures_by_any_route_are_the_same_rows(tmp_path: Path) -> None:
+def test_the_same_pictures_by_any_route_are_the_same_rows(tmp_path: Path, context: Callable[..., StageContext]) -> None:
     found = {}
     for name, (make, said) in ROUTES.items():
         root = tmp_path / name
@@ -134,7 +126,9 @@ def test_the_same_pictures_by_any_route_are_the_same_rows(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "jsonl", "txt", "csv.gz", "jsonl.gz"])
-def test_lists_of_every_form_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_lists_of_every_form_give_the_same_rows(
+    tmp_path: Path, suffix: str, context: Callable[..., StageContext]
+) -> None:
     urls = [
         " http://a.org/a,b.png",
         "http://a.org/ü.png",
@@ -175,7 +169,9 @@ def test_lists_of_every_form_give_the_same_rows(tmp_path: Path, suffix: str) -> 
         assert rows[0]["metadata"] == '{"tags": "x"}'
 
 
-def test_bad_input_gets_a_clear_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_gets_a_clear_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: Callable[..., StageContext]
+) -> None:
     def refused(name: str, text: bytes | pa.Table, words: str, **more: Any) -> None:
         path = tmp_path / name
         if isinstance(text, bytes):
@@ -211,7 +207,9 @@ def test_bad_input_gets_a_clear_answer(tmp_path: Path, monkeypatch: pytest.Monke
         ListSource(path="s3://bucket")
 
 
-def test_a_folder_without_pictures_says_what_was_looked_for_found_and_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_pictures_says_what_was_looked_for_found_and_to_do(
+    tmp_path: Path, context: Callable[..., StageContext]
+) -> None:
     for i in range(300):
         (tmp_path / f"{i}.doc").write_text("x")
     with pytest.raises(
@@ -222,7 +220,7 @@ def test_a_folder_without_pictures_says_what_was_looked_for_found_and_to_do(tmp_
         read_source(FolderSource(path=tmp_path), context(tmp_path.parent, f"{tmp_path.name}-source"))
 
 
-def test_odd_folders(tmp_path: Path) -> None:
+def test_odd_folders(tmp_path: Path, context: Callable[..., StageContext]) -> None:
     (tmp_path / "secret.png").write_bytes(next(iter(pictures().values()))[0])
     data = tmp_path / "data"
     data.mkdir()
