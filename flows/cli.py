@@ -148,6 +148,24 @@ def _refuse_folder(folder: Path, name: str) -> None:
 
 
 @app.command()
+def lineage(what: Annotated[str, typer.Argument(help="A picture that t2i drew, a checkpoint, adapter or export folder, a stage, a digest")], run: Annotated[str, typer.Option(help="Run in which a stage is looked up")] = "latest", urls: Annotated[Path | None, typer.Option(help="Write every picture behind it to this file: .csv or .parquet")] = None, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Say what something was made from, back to the URLs."""
+    from flows.tracing import back
+
+    found, lines = back(what, run, urls, root)
+    _print(json.dumps(found) if as_json else "\n".join(lines))
+
+
+@app.command()
+def impact(what: Annotated[str, typer.Argument(help="A URL, a row id, a sha256, or a picture file")], root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Say which checkpoints learnt from a picture, and what was made from them: the take-down question."""
+    from flows.tracing import forward
+
+    found, lines = forward(what, root)
+    _print(json.dumps(found) if as_json else "\n".join(lines))
+
+
+@app.command()
 def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what is wrong, and what to do."""
     from infra.doctor import diagnose

@@ -102,16 +102,18 @@ def home_of(root: str) -> Path:
 def draw(run_id: str, prompts: Sequence[str], stage: str | None, seed: int, out: Path, root: str) -> list[Path]:
     """Draw prompts with a checkpoint of a run, one PNG each."""
     store = open_store(root, create=False)
-    folder = store.local(_checkpoint(store, store.read_run(run_id), stage))
+    checkpoint = _checkpoint(store, store.read_run(run_id), stage)
+    folder = store.local(checkpoint)
     from PIL import Image
 
     from models.sampling.generate import load_generator
+    from tasks.lineage import stamp
 
     pictures = load_generator(folder).sample(list(prompts), [seed] * len(prompts))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{number:02}-{seed}.png" for number in range(len(prompts))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
+    for path, picture, prompt in zip(paths, pictures, prompts, strict=True):
+        Image.fromarray(picture).save(path, pnginfo=stamp(checkpoint, prompt=prompt, seed=seed))
     return paths
 
 

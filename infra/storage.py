@@ -1,9 +1,9 @@
 """The store: artifacts under <root>/<stage>/<key>, run records under <root>/runs; `artifact.json` present means done."""
 
+import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -87,6 +87,30 @@ class Store:
             )
         _verified.add((artifact.uri, artifact.digest))
         return folder
+
+    def listing(self, artifact: Artifact) -> Listing:
+        """Path, size and sha256 of every file of an artifact."""
+        found = self._record(*self._place(artifact))
+        return [] if found is None else found[1]
+
+    def read(self, artifact: Artifact, path: str) -> bytes:
+        """One file of an artifact, checked against its listing, without fetching the others."""
+        stage, key = self._place(artifact)
+        listed = {entry.path: entry for entry in self.listing(artifact)}
+        if path not in listed:
+            raise ConfigError(
+                f"artifact {artifact.uri} has no file {path}; it has {', '.join(sorted(listed)[:9]) or 'none'}"
+            )
+        entry = f"{stage}/{key}"
+        data = self._backend.read(f"{self._backend.data_path(entry, artifact.digest)}/{path}")
+        if data is None or hashlib.sha256(data).hexdigest() != listed[path].sha256:
+            raise ArtifactCorrupted(
+                f"artifact of stage {stage!r} is corrupted: {path} is missing or damaged; "
+                f"`t2i rerun RUN {stage}` builds it again",
+                stage,
+                key,
+            )
+        return data
 
     def scratch(self, stage: str, key: str) -> Path:
         """A local working folder of one stage key that survives kills; the caller removes what it no longer needs."""
@@ -268,20 +292,3 @@ def open_store(root: str | Path, create: bool = True) -> Store:
             return Store(S3Objects(text, create))
         case _:
             raise ConfigError(f"root {text!r} has scheme {scheme!r}; use a path, file:///path or s3://bucket/prefix")
-
-
-def require_disk(root: str | Path, needed: int) -> None:
-    """Refuse to start when the disk under a local `root` has less than `needed` bytes free."""
-    if str(root).startswith("s3://"):
-        return
-    from infra.local_files import local_path
-
-    place = local_path(str(root))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ConfigError(
-            f"disk under {root} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB; "
-            "free some space or choose another place with --root"
-        )
