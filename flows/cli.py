@@ -194,6 +194,19 @@ def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root 
 
 
 @app.command()
+def serve(name: RunName = "latest", host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine T2I_SERVE_KEY must be set")] = "127.0.0.1", port: Annotated[int, typer.Option(min=1024, max=65535)] = 8000, replicas: Annotated[int, typer.Option(min=0, max=1000, help="Replicas on Ray Serve; 0: this process alone")] = 0, root: RunRoot = "runs", debug: Debug = False) -> None:  # fmt: skip
+    """Serve a run's models: a page that draws as you type, and OpenAI's images API."""
+    from tasks.serving.config import ServeConfig
+    from tasks.serving.server import serve_here, serve_on_ray
+
+    sys.stderr.write(f"serving run {name}: http://{host}:{port} (Ctrl-C ends it)\n")
+    if replicas:
+        serve_on_ray(root, name, host, port, ServeConfig(), replicas)
+    else:
+        serve_here(root, name, host, port, ServeConfig())
+
+
+@app.command()
 def init(folder: Annotated[str, typer.Argument(help="Pictures, tars or a URL list of yours; or a new folder")], out: Annotated[Path | None, typer.Option(help="Where to write the preset [default: NAME.yaml here; in a new folder, lifecycle.yaml]")] = None) -> None:  # fmt: skip
     """Look at your data, say what it is, and write a preset that reads it."""
     from flows.starting import new_preset
