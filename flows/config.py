@@ -11,7 +11,15 @@ from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
 from models.personalization.config import DreamBoothConfig, MixConfig
-from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
+from models.posttraining.config import (
+    DpoConfig,
+    GrpoConfig,
+    NftConfig,
+    PairsConfig,
+    PromptEnhancerConfig,
+    ReflConfig,
+    RewardModelConfig,
+)
 from models.pretraining.config import FlowMatchingConfig
 from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
 
@@ -28,6 +36,7 @@ class PosttrainConfig(Config):
     nft: NftConfig | None = Field(default=None, description="DiffusionNFT")
     refl: ReflConfig | None = Field(default=None, description="ReFL")
     dpo: DpoConfig | None = Field(default=DpoConfig(), description="Diffusion-DPO on those pairs")
+    prompt_enhancer: PromptEnhancerConfig | None = Field(default=None, description="Rewriting of prompts")
     hands_on: str | None = Field(
         default=None, description="Branch that later stages start from; null: the last of grpo, nft, refl, dpo"
     )

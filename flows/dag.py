@@ -23,6 +23,7 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
         spec_of("judge", "train_judge", config.judge),
         *pretraining(config),
         *posttraining(config),
+        *prompt_enhancement(config),
         *personalization(config),
         *distillation(config),
         *proof(config),
@@ -68,6 +69,18 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     if post.dpo is not None:
         guard = {} if post.dpo.guard is None else {"judge": "judge"}
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start, **guard))
+    return specs
+
+
+def prompt_enhancement(config: LifecycleConfig) -> list[StageSpec]:
+    """The prompt enhancer, and what it does to the pictures of the checkpoint that post-training hands on."""
+    stage = config.posttrain.prompt_enhancer
+    if stage is None:
+        return []
+    specs = [spec_of(stage.name, "prompt_enhancer", seeded(stage, config.seed), data="encode")]
+    if stage.check is not None:
+        inputs = {"enhancer": stage.name, "init": config.chain[-1], "judge": "judge"}
+        specs.append(spec_of(stage.check.name, "prompt_check", stage.check, **inputs))
     return specs
 
 
@@ -145,6 +158,9 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     )
     if "compare" in exports:
         shown["compare"] = "compare"
+    enhancer = config.posttrain.prompt_enhancer
+    if enhancer is not None and enhancer.check is not None:
+        shown |= {"prompts": enhancer.check.name}
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),

@@ -51,6 +51,8 @@ TRAITS: dict[str, Traits] = {
     "grpo": Traits("checkpoint", "models.posttraining.config:GrpoConfig", "tasks.online:grpo", runs="train"),
     "nft": Traits("checkpoint", "models.posttraining.config:NftConfig", "tasks.online:nft", runs="train"),
     "refl": Traits("checkpoint", "models.posttraining.config:ReflConfig", "tasks.online:refl", runs="train"),
+    "prompt_enhancer": Traits("enhancer", "models.posttraining.config:PromptEnhancerConfig", "tasks.enhance:prompt_enhancer", runs="train"),
+    "prompt_check": Traits("scores", "models.posttraining.config:PromptCheckConfig", "tasks.prompt_check:prompt_check"),
     "dreambooth": Traits("checkpoint", "models.personalization.config:DreamBoothConfig", "tasks.personalize:dreambooth", runs="train", version=4),
     "mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.mix:mix"),
     "teacher_pairs": Traits("pairs", "models.distillation.config:PairStoreConfig", "tasks.teacher_pairs:teacher_pairs"),
