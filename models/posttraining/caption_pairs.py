@@ -24,7 +24,7 @@ PHRASE = re.compile(rf"\s*\b{START}\b(?: an?| the)? [^,.;]*?(?=\s+{START}\b|[,.;
 RELATION = re.compile(
     r"\b(?:left of|right of|next to|in front of|above|below|under|beside|behind|near)\b(?: an?\b| the\b)?"
 )
-SIZES = frozenset("big large huge small little tiny single".split())
+SIZES = frozenset(("big", "large", "huge", "small", "little", "tiny", "single"))
 PLACES = re.compile(r"\b(?:background|corner)\b")
 
 
@@ -43,7 +43,7 @@ def shorten(caption: str, rng: np.random.Generator) -> str:
         return text
     text = PHRASE.sub(lambda m: "" if rng.random() < 0.45 else m.group(), text)
     if rng.random() < 0.35:
-        text = RELATION.sub(lambda m: str(rng.choice(["and", ",", "and"])), text)
+        text = RELATION.sub(lambda _: str(rng.choice(["and", ",", "and"])), text)
     if rng.random() < 0.5:
         text = " ".join(word for word in text.split() if word.lower() not in SIZES)
     if rng.random() < 0.5:

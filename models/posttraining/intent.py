@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from models.posttraining.prompt_words import (
     COLOURS,
@@ -115,10 +116,8 @@ def looping(text: str, run: int = RUN) -> bool:
     low = [word.lower() for word in words(text)]
     runs = Counter(tuple(low[i : i + run]) for i in range(len(low) - run + 1))
     row = 1
-    for before, word in zip(low, low[1:], strict=False):
+    for before, word in pairwise(low):
         row = row + 1 if word == before else 1
         if row >= REPEATED:
             return True
     return bool(runs) and max(runs.values()) >= RETURNS
-
-

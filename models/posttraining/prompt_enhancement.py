@@ -99,7 +99,10 @@ class SlotRewriter:
             return None, f"{denied[0]!r} denies something, which this enhancer was not taught"
         text, spans = self._into_slots(prompt)
         if len(spans) > len(SLOTS):
-            return None, f"{len(spans)} parts are unknown to this enhancer, it can carry {len(SLOTS)}: {spans[0]!r}, ..."
+            return (
+                None,
+                f"{len(spans)} parts are unknown to this enhancer, it can carry {len(SLOTS)}: {spans[0]!r}, ...",
+            )
         found = self.model.complete(text, self.intent.max_tokens)
         if found is None:
             return None, f"the rewrite did not end within {self.intent.max_tokens} tokens"
@@ -142,7 +145,7 @@ def answer_of(said: str) -> str:
     """What stands in <answer>, else all that is no <think>; straight quotes, one line."""
     marked = ANSWER.findall(said)
     text = marked[-1] if marked else THOUGHT.sub("", said)
-    return " ".join(text.translate(str.maketrans("“”‘’", "\"\"''")).split())
+    return " ".join(text.translate(str.maketrans("“”‘’", "\"\"''")).split())  # noqa: RUF001
 
 
 class Enhancer:

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905, RUF001 (word lists; typographic quotes are meant)
 """Words that a rewritten prompt must keep or may not invent, found by code: numbers, colours, negations, quotes, names.
 
 English lists; what is in no list is protected by its form (quotes, digits, capitals, other scripts, emoji) or because
