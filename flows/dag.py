@@ -59,8 +59,10 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     if post.sft is not None:
         specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
         last = post.sft.name
-    start, pairs = {"init": last, "data": "encode"}, post.pairs.name
-    if post.needs_pairs:
+    start, pairs = {"init": last, "data": "encode"}, post.pairs_name
+    if post.needs_pairs and post.pairs_table is not None:
+        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
+    elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
         specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
@@ -154,7 +156,7 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | (
-        {"pairs": config.posttrain.pairs.name} if config.posttrain.needs_pairs else {}
+        {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     )
     if "compare" in exports:
         shown["compare"] = "compare"

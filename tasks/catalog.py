@@ -46,6 +46,7 @@ TRAITS: dict[str, Traits] = {
     "train_judge": Traits("judge", "tasks.config:JudgeConfig", "tasks.judge:train_judge"),
     "flow_matching": Traits("checkpoint", "models.pretraining.config:FlowMatchingConfig", "tasks.training:flow_matching", runs="train"),
     "make_pairs": Traits("pairs", "models.posttraining.config:PairsConfig", "tasks.preference:make_pairs", version=2),
+    "import_pairs": Traits("pairs", "models.posttraining.config:ImportPairsConfig", "tasks.preference:import_pairs"),
     "dpo": Traits("checkpoint", "models.posttraining.config:DpoConfig", "tasks.preference:dpo", runs="train", version=2),
     "reward_model": Traits("reward", "models.posttraining.config:RewardModelConfig", "tasks.reward_model:reward_model"),
     "grpo": Traits("checkpoint", "models.posttraining.config:GrpoConfig", "tasks.online:grpo", runs="train"),

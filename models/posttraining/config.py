@@ -23,6 +23,18 @@ class PairsConfig(Config):
     seed: int = Field(default=0, ge=0, description="Seed of prompts and noise")
 
 
+class ImportPairsConfig(Config):
+    """Preference pairs of other people: a Parquet table as Pick-a-Pic or HPD publish them."""
+
+    name: str = Field(default="pairs-table", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    table: str = Field(min_length=1, description="Parquet file; pictures as bytes in it or as paths beside it")
+    side: int = Field(default=32, ge=8, description="Side of the squares that pictures are cut to, in pixels")
+    held_out: float = Field(default=0.1, ge=0, lt=1, description="Share of the prompts that nothing trains on")
+    source: str = Field(default="imported", min_length=1, description="What the pairs are called in the table")
+    fingerprint: str = Field(default="", description="Change it when the table's contents change")
+    seed: int = Field(default=0, ge=0, description="Seed of the split")
+
+
 class GuardConfig(Config):
     """When preference tuning is stopped, and the best weights so far are taken instead."""
 
