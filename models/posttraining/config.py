@@ -212,8 +212,8 @@ class PromptEnhancerConfig(Config):
 
     name: str = Field(default="prompt-enhancer", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
     train: TrainConfig = TrainConfig(
-        steps=600, batch_size=32, ema_gamma=6.0, log_every=20,
-        optimizer=OptimizerConfig(muon_lr=0.02, adamw_lr=4e-3, warmup_steps=20, decay_from=0.3, final_ratio=0.02),
+        steps=700, batch_size=32, ema_gamma=6.0, log_every=20,
+        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=4e-3, warmup_steps=20, decay_from=0.3, final_ratio=0.02),
     )  # fmt: skip
     target: Literal["short", "long"] = Field(
         default="short", description="Captions that prompts are rewritten to: those the model was mostly trained on"

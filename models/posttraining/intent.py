@@ -74,8 +74,8 @@ class Intent:
             yield f"the rewrite's language is {got}, the prompt's {wanted}"
 
     def _lost(self, prompt: str, revised: str) -> Iterator[str]:
-        for kind in (rare(prompt, self.known, self.triggers), negated(prompt)):
-            for span, count in Counter(kind).items():
+        for spans in (rare(prompt, self.known, self.triggers), negated(prompt)):
+            for span, count in Counter(spans).items():
                 if revised.count(span) < count:
                     yield f"{span!r} is not in the rewrite"
         for kind, name in ((NUMBERS, "number"), (COLOURS, "colour")):
