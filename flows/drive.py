@@ -124,7 +124,7 @@ def enhanced(run_id: str, prompts: Sequence[str], stage: str | None, root: str) 
     record = store.read_run(run_id)
     checkpoint = store.local(_checkpoint(store, record, stage))
     config = parse(LifecycleConfig, record["config"], f"the record of run {record['run']}").posttrain.prompt_enhancer
-    entry = next((e for e in record["stages"] if config is not None and e["name"] == config.name), {})
+    entry: dict[str, Any] = next((e for e in record["stages"] if config is not None and e["name"] == config.name), {})
     found = store.find(str(entry["name"]), entry["key"]) if entry.get("digest") else None
     if found is None:
         raise ConfigError(
