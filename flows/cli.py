@@ -115,10 +115,14 @@ def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = Fal
 
 
 @app.command()
-def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", enhance: Annotated[bool, typer.Option("--enhance", help="Rewrite prompts first with the run's prompt enhancer")] = False, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Draw prompts with a checkpoint of a run."""
-    from flows.drive import draw
+    from flows.drive import draw, enhanced
 
+    if enhance:
+        made = enhanced(name, prompts, stage, root)
+        sys.stderr.writelines(f"{e.original!r} -> {e.revised!r}{f' ({e.reason})' if e.reason else ''}\n" for e in made)
+        prompts = [e.revised for e in made]
     paths = draw(name, prompts, stage, seed, out, root)
     _print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 

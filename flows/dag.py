@@ -23,6 +23,7 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
         spec_of("judge", "train_judge", config.judge),
         *pretraining(config),
         *posttraining(config),
+        *prompt_enhancement(config),
         *personalization(config),
         *distillation(config),
         *proof(config),
@@ -58,8 +59,10 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     if post.sft is not None:
         specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
         last = post.sft.name
-    start, pairs = {"init": last, "data": "encode"}, post.pairs.name
-    if post.needs_pairs:
+    start, pairs = {"init": last, "data": "encode"}, post.pairs_name
+    if post.needs_pairs and post.pairs_table is not None:
+        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
+    elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
         specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
@@ -68,6 +71,18 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     if post.dpo is not None:
         guard = {} if post.dpo.guard is None else {"judge": "judge"}
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start, **guard))
+    return specs
+
+
+def prompt_enhancement(config: LifecycleConfig) -> list[StageSpec]:
+    """The prompt enhancer, and what it does to the pictures of the checkpoint that post-training hands on."""
+    stage = config.posttrain.prompt_enhancer
+    if stage is None:
+        return []
+    specs = [spec_of(stage.name, "prompt_enhancer", seeded(stage, config.seed), data="encode")]
+    if stage.check is not None:
+        inputs = {"enhancer": stage.name, "init": config.chain[-1], "judge": "judge"}
+        specs.append(spec_of(stage.check.name, "prompt_check", stage.check, **inputs))
     return specs
 
 
@@ -141,10 +156,13 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | (
-        {"pairs": config.posttrain.pairs.name} if config.posttrain.needs_pairs else {}
+        {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     )
     if "compare" in exports:
         shown["compare"] = "compare"
+    enhancer = config.posttrain.prompt_enhancer
+    if enhancer is not None and enhancer.check is not None:
+        shown |= {"prompts": enhancer.check.name}
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),
