@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-SNAPSHOT_GAMMAS = (16.97, 6.94)  # relative widths 0.05 and 0.10
+SNAPSHOT_GAMMAS = (17.97, 7.94)  # relative widths 0.05 and 0.10; our gamma is the paper's plus one
 
 
 class PowerEma:
@@ -46,12 +46,12 @@ class PowerEma:
 def synthesis(snapshots: Sequence[tuple[float, float]], gamma: float, at: float) -> NDArray[np.float64]:
     """Weights [len(snapshots)] that make of power averages (gamma_i, steps t_i) the one of `gamma` after `at` steps.
 
-    Profiles p_i(s) = (gamma_i + 1) s^gamma_i / t_i^(gamma_i + 1) on [0, t_i] are fitted in least squares (their algorithm 3).
+    Profiles p_i(s) = gamma_i s^(gamma_i - 1) / t_i^gamma_i on [0, t_i] are fitted in least squares (their algorithm 3).
     """
-    powers = np.array([g for g, _ in snapshots])
+    powers = np.array([g - 1 for g, _ in snapshots])  # beta = (1 - 1/n)^gamma leaves the profile s^(gamma - 1)
     ends = np.array([t for _, t in snapshots])
-    target = _product(powers, ends, np.array([gamma]), np.array([at]))[:, 0]
-    return np.linalg.lstsq(_product(powers, ends, powers, ends), target, rcond=None)[0]
+    target = _product(powers, ends, np.array([gamma - 1]), np.array([at]))[:, 0]
+    return np.asarray(np.linalg.lstsq(_product(powers, ends, powers, ends), target, rcond=None)[0], np.float64)
 
 
 def _product(g: NDArray[np.float64], t: NDArray[np.float64], h: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:  # fmt: skip
@@ -63,9 +63,8 @@ def _product(g: NDArray[np.float64], t: NDArray[np.float64], h: NDArray[np.float
 
 def combined(averages: Sequence[Mapping[str, torch.Tensor]], weights: NDArray[np.float64]) -> dict[str, torch.Tensor]:
     """The weighted sum of snapshots, summed in float64."""
+    factors = torch.from_numpy(weights)
     return {
-        name: sum(float(w) * average[name].double() for w, average in zip(weights, averages, strict=True)).to(
-            value.dtype
-        )  # type: ignore[union-attr]
+        name: torch.tensordot(factors, torch.stack([average[name].double() for average in averages]), 1).to(value.dtype)
         for name, value in averages[0].items()
     }

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.distributed._composable import checkpoint
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from infra.config import versioned
 from models.engine.batches import loaded, parts_of
@@ -28,7 +28,7 @@ from models.engine.meter import Meter
 from models.engine.objective import Batch, Objective
 from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
-from models.engine.state import load_state, save_state
+from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
 from models.engine.weights import put_weights
 
 MAX_SKIPPED = 20
@@ -208,31 +208,6 @@ def prepare_blocks(module: nn.Module, config: TrainConfig) -> None:
             checkpoint(block)
         if config.compile:
             block.compile()
-
-
-def refuse_changes(before: dict[str, object] | None, now: dict[str, object], folder: Path) -> None:
-    """A run goes on with the settings it began with."""
-    if before is None:
-        return
-    differ = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(
-            f"the checkpoint in {folder} was made with other settings ({'; '.join(differ)}); set them back to resume, "
-            "or delete the folder to begin anew"
-        )
-
-
-def refuse_other_model(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor], folder: Path) -> None:
-    """Weights of another network are named, not half loaded."""
-    shapes = {name: tuple(value.shape) for name, value in stored.items()}
-    wanted = {name: tuple(value.shape) for name, value in own.items()}
-    differ = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"the checkpoint in {folder} is of another model: {len(differ)} weights differ, {name} is {shapes.get(name)} "
-            f"there and {wanted.get(name)} here; resume with the model it was made with, or delete the folder"
-        )
 
 
 def train(

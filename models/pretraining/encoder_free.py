@@ -101,7 +101,7 @@ class SelfAlignment:
         """Fold the moved weights into the average, faster at first."""
         self.updates += 1
         decay = min(AVERAGE_DECAY, (1 + self.updates) / (10 + self.updates))
-        own, theirs = list(self.average.parameters()), [p.detach() for p in denoiser.parameters()]
+        own, theirs = [p.data for p in self.average.parameters()], [p.detach() for p in denoiser.parameters()]
         torch._foreach_lerp_(own, theirs, 1 - decay)
 
     def state(self) -> dict[str, torch.Tensor]:

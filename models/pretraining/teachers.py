@@ -35,7 +35,7 @@ class PackagedTeacher:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Features [B, h, w, 40] of pictures [B, 3, H, W] in [-1, 1]."""
-        features = self.encoder(images)[-1]
+        features: torch.Tensor = self.encoder(images)[-1]
         if tuple(features.shape[-2:]) != grid:
             features = F.interpolate(features, grid, mode="bilinear", antialias=True, align_corners=False)
         return features.permute(0, 2, 3, 1)
@@ -67,7 +67,7 @@ class TransformerTeacher:
             if native in (size, [*size]) or "Dinov2" in type(self.model).__name__
             else {"interpolate_pos_encoding": True}
         )
-        states = self.model(pixel_values=pixels, **more).last_hidden_state
+        states: torch.Tensor = self.model(pixel_values=pixels, **more).last_hidden_state
         return states[:, -h * w :].unflatten(1, grid)
 
 
