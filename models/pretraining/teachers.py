@@ -68,7 +68,7 @@ class TransformerTeacher:
             else {"interpolate_pos_encoding": True}
         )
         states: torch.Tensor = self.model(pixel_values=pixels, **more).last_hidden_state
-        return states[:, -h * w :].unflatten(1, grid)
+        return states[:, -h * w :].reshape(len(images), h, w, self.width)
 
 
 def _normalisation(name: str, revision: str | None) -> tuple[Any, Any]:
