@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
 from models.engine.distribute import world
@@ -92,6 +93,11 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         refuse_distilled(ctx.inputs["init"], config.name)
     else:
         denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
+    if config.objective.kind != "x_0":
+        raise ConfigError(
+            f"{config.name}: objective.kind={config.objective.kind} trains a network the stock pipeline would sample wrongly; "
+            "use x_0 here, and the others through FlowMatching and Predictor, for comparison"
+        )
     phases = phases_of(config)
     repa = alignment(config, denoiser, data, phases)
     objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
