@@ -170,6 +170,20 @@ def impact(what: Annotated[str, typer.Argument(help="A URL, a row id, a sha256, 
 
 
 @app.command()
+def ablate(preset: Preset, switch: Annotated[str, typer.Option(help="What is left out: density, shift, stratified, repa, repa-stop, irepa, muon, tread or curriculum")], seeds: Annotated[int, typer.Option(help="Seeds of each arm")] = 3, share: Annotated[float, typer.Option(min=0.001, max=10, help="Share of the preset's steps")] = 1.0, out: Annotated[Path, typer.Option(help="Folder for ablate-SWITCH.json")] = Path("benchmarks/results"), set_: Set = None, root: Root = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Train with and without one switch, at equal samples and equal time, and say what it gained."""
+    from flows.ablate import ablate as measure
+
+    result = measure(_config(preset, set_, root), switch, seeds, share, out, _display())
+    if as_json:
+        _print(json.dumps(result))
+        return
+    for name in ("equal_samples", "equal_time"):
+        gap = result[name]
+        _print(f"{switch}, {name.replace('_', ' ')}: {gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
+
+
+@app.command()
 def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what is wrong, and what to do."""
     from infra.doctor import diagnose

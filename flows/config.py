@@ -144,7 +144,11 @@ class LifecycleConfig(Config):
                 )
         taught = set(self.data.encode.teacher_resolutions)
         for stage in self.pretrain:
-            if stage.repa is not None and (missing := sorted(set(stage.select.resolutions) - taught)):
+            if (
+                stage.repa is not None
+                and stage.repa.needs_cached_features
+                and (missing := sorted(set(stage.select.resolutions) - taught))
+            ):
                 raise ValueError(
                     f"stage {stage.name!r} aligns to teacher features at {missing}, which data.encode.teacher_resolutions="
                     f"{self.data.encode.teacher_resolutions} does not make; add them there or set repa to null"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
 from models.engine.distribute import world
@@ -20,9 +21,12 @@ from models.engine.weights import with_weights
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.prx import Denoiser
-from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.config import FlowMatchingConfig, ShiftConfig
+from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
+from models.pretraining.densities import histogram
+from models.pretraining.encoder_free import Dispersive, SelfAlignment
 from models.pretraining.flow_matching import FlowMatching
-from models.pretraining.repa import Projector, Repa
+from models.pretraining.repa import Alignment, Projector, Repa, projector_of
 from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
@@ -71,7 +75,13 @@ def run_training(
         write_metrics(trainer.rows, ctx.out / "metrics.jsonl")
         if grids.exists():
             shutil.copytree(grids, ctx.out / "grids", dirs_exist_ok=True)
-    return {"steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1]}
+    snapshots = ctx.scratch / "snapshots"
+    if world()[0] == 0 and snapshots.exists():
+        shutil.copytree(snapshots, ctx.out / "ema-snapshots", dirs_exist_ok=True)
+    speed = {name: round(value, 4) for name, value in trainer.meter.numbers().items()}
+    return {
+        "steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1], "speed": speed,
+    }  # fmt: skip
 
 
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:
@@ -83,23 +93,62 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         refuse_distilled(ctx.inputs["init"], config.name)
     else:
         denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
-    repa = None
-    if config.repa is not None:
-        width, teacher_dim = denoiser.transformer.hidden_size, data.teacher_dim(config.select)
-        projector = Projector(width, config.repa.hidden, teacher_dim, train_config.seed)
-        repa = Repa(config.repa, projector, train_config.steps)
-    objective = FlowMatching(denoiser, config.timesteps, repa)
-    batches = data.batches(config.select, train_config.batch_size, train_config.seed, repa is not None)
+    if config.objective.kind != "x_0":
+        raise ConfigError(
+            f"{config.name}: objective.kind={config.objective.kind} trains a network the stock pipeline would sample wrongly; "
+            "use x_0 here, and the others through FlowMatching and Predictor, for comparison"
+        )
+    phases = phases_of(config)
+    repa = alignment(config, denoiser, data, phases)
+    objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
+    cached = repa is not None and repa.config.needs_cached_features
+    batches = curriculum_batches(data, phases, train_config.seed, cached)
     card = SamplingCard(
         steps=config.sampling.steps, guidance=config.sampling.guidance, side=config.sampling.side,
-        prompt_max_tokens=config.network.prompt_max_tokens, shift=config.timesteps.shift,
-        base_tokens=config.timesteps.base_tokens,
+        prompt_max_tokens=config.network.prompt_max_tokens,
+        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
     )  # fmt: skip
 
     def model_of(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
-    return run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data))
+    facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data))
+    return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times_shown(config, denoiser)}
+
+
+def curriculum_batches(data: TrainingData, phases: Sequence[Phase], seed: int, teacher: bool) -> Callable[[int], Batch]:
+    """This worker's batch as a pure function of the step; each phase reads its own rows from the start."""
+    parts = [data.batches(phase.select, phase.batch_size, seed, teacher, phase.first_step) for phase in phases]
+    return lambda step: parts[phases.index(phase_at(phases, step))](step)
+
+
+def alignment(
+    config: FlowMatchingConfig, denoiser: Denoiser, data: TrainingData, phases: Sequence[Phase]
+) -> Alignment | None:
+    """The auxiliary term the settings ask for."""
+    repa, steps, seed = config.repa, config.train.steps, config.train.seed
+    if repa is None:
+        return None
+    width, patch = denoiser.transformer.hidden_size, denoiser.transformer.config.patch_size
+    match repa.kind:
+        case "dispersive":
+            return Dispersive(repa, steps)
+        case "self":
+            return SelfAlignment(repa, Projector(width, repa.hidden, width, seed), denoiser, steps)
+        case "teacher" if repa.teacher == "cached":
+            widths = {data.teacher_dim(phase.select) for phase in phases if phase.repa}
+            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps)
+        case "teacher":
+            from models.pretraining.teachers import teacher_of
+
+            teacher, features = teacher_of(repa.teacher, repa.teacher_revision)
+            return Repa(repa, projector_of(repa, width, features, seed), steps, teacher, patch)
+
+
+def times_shown(config: FlowMatchingConfig, denoiser: Denoiser) -> list[float]:
+    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side."""
+    tokens = (config.sampling.side // denoiser.transformer.config.patch_size) ** 2
+    return histogram(tokens, config.timesteps)
 
 
 def fixed_prompts(data: TrainingData) -> list[str]:

@@ -54,8 +54,10 @@ class TrainingData:
             )
         return widths.pop()
 
-    def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
-        """This worker's batch as a pure function of the step."""
+    def batches(
+        self, select: SelectConfig, batch_size: int, seed: int, teacher: bool, first_step: int = 0
+    ) -> Callable[[int], Batch]:
+        """This worker's batch as a pure function of the step; epochs are counted from `first_step`."""
         slots = local_slots(batch_size)
         groups = [select.resolutions] if select.shares is None else [(side,) for side in select.resolutions]
         bounds = np.cumsum(select.shares or (1.0,))
@@ -67,7 +69,7 @@ class TrainingData:
             replayed = float(torch.rand((), generator=rng.shared("replay"))) < select.replay
             place = float(torch.rand((), generator=rng.shared("resolution"))) * bounds[-1]
             source = (replay if replayed else main)[int(np.searchsorted(bounds, place, side="right"))]
-            ids = source.batch(step, batch_size, seed)
+            ids = source.batch(step - first_step, batch_size, seed)
             part = type(ids)(ids.bucket, ids.positions[list(slots)], ids.rows[list(slots)])
             rows = self.set.gather(part)
             use_long = (rng.uniform("long caption") < select.long_captions).numpy()
@@ -75,6 +77,9 @@ class TrainingData:
             captions = np.where(empty, 0, np.where(use_long, rows.long, rows.short))
             tokens, mask = self.set.text(captions)
             features = torch.from_numpy(rows.teacher) if teacher else None
-            return Batch(to_model(rows.images), torch.from_numpy(tokens), torch.from_numpy(mask), slots, features)
+            return Batch(
+                to_model(rows.images), torch.from_numpy(tokens), torch.from_numpy(mask), slots, features,
+                rows=tuple(part.rows.tolist()),
+            )  # fmt: skip
 
         return batch

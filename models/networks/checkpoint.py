@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from infra.config import Config
 from models.networks import prx
 from models.networks.prx import Denoiser
+from models.pretraining.config import ShiftConfig, ShiftRule
 
 
 class SamplingCard(Config):
@@ -21,7 +22,7 @@ class SamplingCard(Config):
     guidance: float = Field(default=2.0, ge=1, description="Guidance scale (standard form; 1 = none)")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
     prompt_max_tokens: int = Field(default=64, ge=8, description="Prompt length the pipeline pads to")
-    shift: Literal["none", "sqrt_tokens"] = Field(default="sqrt_tokens", description="Rule of the time shift")
+    shift: ShiftRule = Field(default="sqrt_tokens", description="Rule of the time shift")
     base_tokens: int = Field(default=64, ge=1, description="Token count at which the shift is 1")
     distilled: bool = Field(default=False, description="True for students: steps and guidance are fixed by training")
     sampler: Literal["euler", "renoise"] = Field(default="euler", description="ODE steps, or x_0 and fresh noise")
@@ -30,6 +31,15 @@ class SamplingCard(Config):
     distilled_guidance: float | None = Field(default=None, description="Teacher guidance inside a student")
     teacher: str | None = Field(default=None, description="Digest of a student's teacher")
     trigger: str | None = Field(default=None, description="Rare token of a personalised checkpoint")
+    static_shift: float = Field(default=3.0, gt=0, description="As in ShiftConfig", exclude_if=lambda k: k == 3.0)
+    max_tokens: int = Field(default=4096, ge=2, description="As in ShiftConfig", exclude_if=lambda n: n == 4096)
+    base_mu: float = Field(default=0.5, description="As in ShiftConfig", exclude_if=lambda mu: mu == 0.5)
+    max_mu: float = Field(default=1.15, description="As in ShiftConfig", exclude_if=lambda mu: mu == 1.15)
+
+    @property
+    def shift_rule(self) -> ShiftConfig:
+        """How the sampling grid is shifted: the rule of training."""
+        return ShiftConfig(**{name: getattr(self, name) for name in ShiftConfig.model_fields})
 
 
 def transformer_folder(checkpoint: Path, card: SamplingCard, steps: int) -> Path:

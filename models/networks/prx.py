@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel,
 from torch import nn
 
 from models.networks.config import PrxConfig
+from models.networks.routing import Route
 
 T_CLAMP = 0.05  # PRXPixelPipeline divides by max(t, 0.05) when it turns x_0 into a velocity
 
@@ -39,10 +40,11 @@ class Denoiser(nn.Module):
         mask: torch.Tensor,  # [B, T] bool
         hidden_layer: int | None = None,
         condition: torch.Tensor | None = None,  # [B, W]
+        route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based).
 
-        `condition` is added to the time embedding.
+        `condition` is added to the time embedding; with a `route` some tokens skip some blocks (training only).
         """
         net = self.transformer
         b, _, h, w = x_t.shape
@@ -52,11 +54,17 @@ class Denoiser(nn.Module):
         time = net._compute_timestep_embedding(t, dtype=image.dtype)
         if condition is not None:
             time = time + condition
-        hidden = None
+        hidden = whole = None
+        everywhere = rotary
         for index, block in enumerate(net.blocks):
+            if route is not None and index == route.first:
+                whole, image = image, route.visible(image)
+                rotary = route.visible(everywhere.transpose(1, 2)).transpose(1, 2)
             image = block(image, encoder_hidden_states=text, temb=time, image_rotary_emb=rotary, attention_mask=mask)
             if index == hidden_layer:
                 hidden = image
+            if route is not None and whole is not None and index == route.last:
+                image, rotary = route.restored(whole, image), everywhere
         return seq2img(net.final_layer(image, time), net.patch_size, torch.Size((b, 3, h, w))), hidden
 
 

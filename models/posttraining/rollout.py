@@ -9,8 +9,8 @@ import torch
 
 from models.engine.objective import Batch
 from models.networks.prx import Denoiser, velocity_of
-from models.pretraining.config import TimestepConfig
-from models.pretraining.timesteps import shift_of
+from models.pretraining.config import ShiftConfig
+from models.pretraining.densities import shift_of
 from models.sampling.euler import grid, guided_x_0
 
 Null = tuple[torch.Tensor, torch.Tensor]  # the empty prompt's features [1, T, D] and mask [1, T]
@@ -22,7 +22,7 @@ class Sampling:
 
     null: Null
     guidance: float
-    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    timesteps: ShiftConfig = field(default_factory=ShiftConfig)
     patch_size: int = 4
 
     def times(self, steps: int, pictures: torch.Tensor) -> list[float]:

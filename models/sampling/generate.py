@@ -12,8 +12,7 @@ from models.engine.distribute import sum_over_workers, world
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
 from models.networks.prx import Denoiser
-from models.pretraining.config import TimestepConfig
-from models.pretraining.timesteps import shift_of
+from models.pretraining.densities import shift_of
 from models.sampling.euler import grid, integrate
 from models.sampling.few_step import renoise
 
@@ -79,11 +78,10 @@ class Generator:
             raise ValueError(f"size {width}x{height} is not a multiple of the patch {patch}; choose e.g. {patch * 8}")
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a picture")
-        rule = TimestepConfig(shift=card.shift, base_tokens=card.base_tokens)
         steps = card.steps if steps is None else steps
         strength = card.guidance if guidance is None else guidance
         check_steps(card, steps, strength)
-        times = grid(steps, shift_of(width * height // patch**2, rule))
+        times = grid(steps, shift_of(width * height // patch**2, card.shift_rule))
         denoiser = self.others.get(steps, self.denoiser)
         null = self.features([""])
         pictures = []
