@@ -15,7 +15,12 @@ from flows.run import Run
 
 @flow(name="lifecycle", flow_run_name="{config.name}", persist_result=False)
 def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str] = []) -> dict[str, Any]:
-    """Run every stage that has no artifact yet, or is in `force`; returns the record of the run."""
+    """Run every stage that has no artifact yet; returns the record of the run.
+
+    Args:
+        config: Every stage's settings; what has been made with the same ones before is reused
+        force: Names of stages to run although their results are there
+    """
     run = Run(
         flow_run_id(config.name),
         stage_specs(config),

@@ -17,7 +17,14 @@ from infra.storage import open_store
 
 @flow(name="stage", flow_run_name="{stage} of {run_id}", persist_result=False)
 def stage_flow(run_id: str = "latest", stage: str = "report", force: bool = True, root: str = "runs") -> dict[str, Any]:
-    """Run `stage` with the configuration recorded for `run_id`; stages before it are only looked up."""
+    """Run one stage of a recorded run with that run's settings; stages before it are only looked up.
+
+    Args:
+        run_id: Name of the run, as `t2i status` lists it, or latest
+        stage: Name of the stage
+        force: Make it anew although its result is there
+        root: Where the run's results are kept: folder, file:// or s3://
+    """
     return run_one(run_id, stage, force, root).execute(PrefectCall(root))
 
 

@@ -20,9 +20,10 @@ from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-_RESERVED = {"runs"}
+_RESERVED = {"runs", "pointers"}
 Listing = list[FileEntry]
 Runs = list[dict[str, Any]]
+Listed = list[str]  # Store.list hides the built-in name
 _verified: set[tuple[str, str]] = set()  # (uri, digest) whose every byte this process has already checked
 
 
@@ -36,10 +37,12 @@ class Backend(Protocol):
     def data_path(self, entry: str, digest: str) -> str: ...
     def read(self, path: str) -> bytes | None: ...
     def write(self, path: str, data: bytes) -> None: ...
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool: ...
     def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool: ...
     def fetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path: ...
     def refetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path | None: ...
     def remove(self, entry: str) -> None: ...
+    def erase(self, path: str) -> None: ...
     def names(self, path: str) -> list[str]: ...
     def lock(self) -> AbstractContextManager[None]: ...
 
@@ -182,6 +185,24 @@ class Store:
         read = [(name, self._backend.read(f"runs/{name}")) for name in names]
         runs = [_run_record(data, name) for name, data in read if data is not None]
         return sorted(runs, key=lambda run: (str(run["started"]), str(run["run"])), reverse=True)
+
+    def forget_run(self, run_id: str) -> None:
+        """Remove the record of a run; what it made stays until nothing needs it."""
+        self._backend.erase(f"runs/{_checked(run_id)}.json")
+
+    # -- pointers: the only things in a store that change
+
+    def pointers(self) -> Listed:
+        """Names of the pointers."""
+        return [name.removesuffix(".json") for name in self._backend.names("pointers") if name.endswith(".json")]
+
+    def read_pointer(self, name: str) -> bytes | None:
+        """What a pointer says; None when there is none."""
+        return self._backend.read(f"pointers/{_checked(name)}.json")
+
+    def swap_pointer(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        """Make it say `data` if it still says `expected`; False when another was faster."""
+        return self._backend.swap(f"pointers/{_checked(name)}.json", expected, data)
 
     def lock(self) -> AbstractContextManager[None]:
         """Held for the length of a run: one run per root; the error names the process that holds it."""

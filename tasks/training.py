@@ -27,6 +27,7 @@ from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
+PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
@@ -77,9 +78,11 @@ def run_training(
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:
     """Train a denoiser from scratch or from `init` on the rows the config selects."""
     data = TrainingData(ctx.inputs["data"])
+    past = [TrainingData(folder) for role, folder in sorted(ctx.inputs.items()) if role.startswith(PAST)]
+    scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
     train_config = config.train
     if "init" in ctx.inputs:
-        denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
+        denoiser = prx.load(ctx.inputs["init"] / "transformer", scale.text_mean, scale.text_std)
         refuse_distilled(ctx.inputs["init"], config.name)
     else:
         denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
@@ -89,7 +92,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         projector = Projector(width, config.repa.hidden, teacher_dim, train_config.seed)
         repa = Repa(config.repa, projector, train_config.steps)
     objective = FlowMatching(denoiser, config.timesteps, repa)
-    batches = data.batches(config.select, train_config.batch_size, train_config.seed, repa is not None)
+    batches = data.batches(config.select, train_config.batch_size, train_config.seed, repa is not None, past)
     card = SamplingCard(
         steps=config.sampling.steps, guidance=config.sampling.guidance, side=config.sampling.side,
         prompt_max_tokens=config.network.prompt_max_tokens, shift=config.timesteps.shift,

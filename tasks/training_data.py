@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,17 @@ class TrainingData:
             )
         return widths.pop()
 
-    def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
-        """This worker's batch as a pure function of the step."""
+    def batches(
+        self, select: SelectConfig, batch_size: int, seed: int, teacher: bool, past: Sequence[TrainingData] = ()
+    ) -> Callable[[int], Batch]:
+        """This worker's batch as a pure function of the step; with `past`, replay draws from those sets, by their sizes."""
+        if past and select.replay > 0:
+            return _replaying(
+                self.batches(select.model_copy(update={"replay": 0.0}), batch_size, seed, teacher),
+                [each.batches(select.model_copy(update={"replay": 0.0, "domains": None}), batch_size, seed, teacher)
+                 for each in past],
+                [each.set.index.num_rows for each in past], select.replay, seed,
+            )  # fmt: skip
         slots = local_slots(batch_size)
         groups = [select.resolutions] if select.shares is None else [(side,) for side in select.resolutions]
         bounds = np.cumsum(select.shares or (1.0,))
@@ -78,3 +87,19 @@ class TrainingData:
             return Batch(to_model(rows.images), torch.from_numpy(tokens), torch.from_numpy(mask), slots, features)
 
         return batch
+
+
+def _replaying(
+    main: Callable[[int], Batch], past: Sequence[Callable[[int], Batch]], sizes: Sequence[int], share: float, seed: int
+) -> Callable[[int], Batch]:
+    """A share of the steps from past sets, the larger the oftener; all workers choose alike."""
+    bounds = np.cumsum(sizes) / sum(sizes)
+
+    def batch(step: int) -> Batch:
+        rng = Randomness(seed, step, (0,))
+        if float(torch.rand((), generator=rng.shared("replay"))) >= share:
+            return main(step)
+        place = float(torch.rand((), generator=rng.shared("past set")))
+        return past[int(np.searchsorted(bounds, place, side="right"))](step)
+
+    return batch

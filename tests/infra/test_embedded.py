@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra import embedded
+from infra import prefect_template
 from infra.embedded import PrefectServer, environment, healthy, local_ray, prefect_server, quiet_environment
 from infra.errors import ConfigError, LifecycleError
 from infra.stages import Resources
@@ -166,8 +166,8 @@ def test_a_new_home_starts_from_the_kept_database(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     home = tmp_path / "home"
     home.mkdir()
-    assert not embedded._start_from_template(home)
+    assert not prefect_template.start_from_template(home)
     (tmp_path / "cache").mkdir()
-    embedded._template().write_bytes(b"a database")
-    assert embedded._start_from_template(home)
+    prefect_template.template().write_bytes(b"a database")
+    assert prefect_template.start_from_template(home)
     assert (home / "prefect.db").read_bytes() == b"a database"
