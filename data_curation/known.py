@@ -10,18 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_curation.config import RememberConfig
 from data_curation.hamming import near_pairs
 from data_curation.manifest import KEEP, MANIFEST, Row, drop, read_manifest, write_manifest
-from infra.config import Config
 
 if TYPE_CHECKING:
     from infra.stages import StageContext
 
 ROLE = "known"
-
-
-class RememberConfig(Config):
-    """Nothing to set."""
 
 
 def remember(config: RememberConfig, ctx: StageContext) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_parts import Debug, Json, Preset, Root, Set, read_config, say
+from flows.cli_parts import Debug, Json, Preset, Root, RunRoot, Set, read_config, say
 
 app = typer.Typer()
 Cron = Annotated[str, typer.Option(help="When nightly runs; empty: never")]
@@ -37,3 +37,47 @@ def deploy(preset: Preset, pool: Annotated[str, typer.Option(help="Work pool who
     serving = deploy.Serving(cron=cron or None, gpu_slots=gpu_slots, notify=notify)
     names = deploy.deploy(read_config(preset, set_, root), pool, image, serving)
     say(json.dumps(names) if as_json else "\n".join(names))
+
+
+@app.command()
+def champion(name: Annotated[str | None, typer.Argument(help="Name of the lifecycle; none: all")] = None, rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the champion before this one")] = False, root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Show which model is in use and how it came to be; --rollback takes the one before."""
+    from infra.errors import ConfigError
+    from infra.pointers import moves
+    from infra.pointers import rollback as take_back
+    from infra.storage import open_store
+
+    store = open_store(root, create=False)
+    names = [f"{name}-champion"] if name else [each for each in store.pointers() if each.endswith("-champion")]
+    if rollback:
+        if name is None:
+            raise ConfigError(f"say whose champion is rolled back: {', '.join(names) or 'there is none yet'}")
+        take_back(store, names[0])
+    found = {each.removesuffix("-champion"): moves(store, each) for each in names}
+    if as_json:
+        shown = {each: [m.model_dump(mode="json", exclude={"artifact", "beside"}) | {"digest": m.artifact.digest, "uri": m.artifact.uri} for m in past] for each, past in found.items()}  # fmt: skip
+        say(json.dumps(shown[name][-1] if name else shown))
+        return
+    for each, past in found.items():
+        if not past:
+            raise ConfigError(
+                f"{each!r} has no champion in {root}; the first night sets it: t2i up, or the nightly flow"
+            )
+        for m in past:
+            mark = "*" if m is past[-1] else " "
+            say(f"{mark} {each} {m.generation:>3}  {m.at[:16]}  {m.artifact.digest[:12]}  {m.run}: {m.why}")
+
+
+@app.command()
+def gc(root: RunRoot = "runs", grace_days: Annotated[float, typer.Option(min=0, help="Never touch what was made within so many days")] = 7, forget: Annotated[list[str] | None, typer.Option(help="Name of a run whose record goes too, with what only it needs")] = None, delete: Annotated[bool, typer.Option("--delete", help="Remove it; otherwise only say what could go")] = False, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Find artifacts that no recorded run, no champion and no lineage of these needs."""
+    from flows.gc import garbage, gc_lines, sweep
+    from infra.storage import open_store
+
+    store = open_store(root, create=False)
+    found = (sweep if delete else garbage)(store, grace_days, forget or ())
+    if as_json:
+        places = [f"{artifact.stage}/{key}" for artifact, key, _ in found.artifacts]
+        say(json.dumps({"artifacts": places, "scratch": [folder for folder, _ in found.scratch], "bytes": found.num_bytes, "kept": found.kept, "young": found.young, "deleted": delete}))  # fmt: skip
+    else:
+        say("\n".join(gc_lines(found, delete)))

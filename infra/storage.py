@@ -156,6 +156,20 @@ class Store:
                 if found is not None:
                     yield found
 
+    def key_of(self, artifact: Artifact) -> str:
+        """The key an artifact lies under."""
+        return self._place(artifact)[1]
+
+    def size(self, stage: str, key: str) -> int:
+        """Bytes of an artifact's files, from its record."""
+        found = self._record(stage, key)
+        return 0 if found is None else sum(item.size for item in found[1])
+
+    @property
+    def scratch_root(self) -> Path:
+        """Where this machine's working folders are."""
+        return self._backend.scratch
+
     # -- run records
 
     def write_run(self, run_id: str, record: dict[str, Any]) -> None:
