@@ -39,7 +39,7 @@ def cache_folder(root: str) -> Path:
 
 
 def _code(error: Exception) -> str:
-    response: dict[str, Any] = getattr(error, "response", {})
+    response: dict[str, Any] = getattr(error, "response", None) or {}  # None: the connection broke
     return str(response.get("Error", {}).get("Code", ""))
 
 
