@@ -35,7 +35,8 @@ def provision(gpu_slots: int, notify: str | None, silent_seconds: float = 600.0)
         client.upsert_global_concurrency_limit_by_name(f"tag:{GPU_TAG}", gpu_slots)
     _replace(silence(silent_seconds))
     if notify is not None:
-        _replace(notification(Webhook(url=notify).save(WEBHOOK, overwrite=True)))
+        saved: Any = Webhook(url=notify).save(WEBHOOK, overwrite=True)
+        _replace(notification(saved))
 
 
 def silence(seconds: float) -> Automation:

@@ -77,7 +77,7 @@ def _serve(url: str, config: LifecycleConfig, serving: Serving) -> None:
 def deployments(config: LifecycleConfig, cron: str | None) -> list[RunnerDeployment]:
     """lifecycle, nightly and stage with `config` as their default; a second night waits for nobody, it is left out."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.flows import EntrypointType
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.automations import TAG
     from flows.lifecycle import lifecycle_flow

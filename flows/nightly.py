@@ -28,6 +28,7 @@ from tasks.catalog import spec_of
 from tasks.config import EvaluateConfig, GateConfig, PromptSetConfig
 from tasks.promote import PromoteConfig
 
+Beside = dict[str, tuple[Artifact, ...]]
 CURRENT, CANDIDATE, SEEN = "current", "nightly", "seen"
 
 
@@ -106,7 +107,7 @@ class Night:
 
     def promote(self, store: Store, record: Record) -> None:
         """Point at the candidate, unless another run has moved the champion since this one began."""
-        beside = self.champion.beside | {"sets": (*self.sets, made(store, record, "encode"))}
+        beside: Beside = self.champion.beside | {"sets": (*self.sets, made(store, record, "encode"))}
         why = f"passed its gate against generation {self.champion.generation}"
         move(store, champion_of(self.config), self.champion.generation, made(store, record, CANDIDATE), self.run_id, why,
              beside)  # fmt: skip
@@ -155,7 +156,7 @@ def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
             f"root {store.root} has no finished run called {config.name!r}; run it once first: t2i run PRESET"
         )
     run, start = finished[0], LifecycleConfig.model_validate(finished[0]["config"])
-    beside = {"judge": (made(store, run, "judge"),), "truth": (made(store, run, "source"),),
+    beside: Beside = {"judge": (made(store, run, "judge"),), "truth": (made(store, run, "source"),),
               "sets": (made(store, run, "encode"),)}  # fmt: skip
     why, model = "the first one", made(store, run, start.chain[-1])
     first = champion[-1] if champion else move(store, champion_of(config), 0, model, run["run"], why, beside)
