@@ -8,9 +8,9 @@ from prefect import flow
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Run
+from flows.shown import PrefectDisplay, show
 
 
 @flow(name="lifecycle", flow_run_name="{config.name}", persist_result=False)
@@ -27,6 +27,6 @@ def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str]
         config.run,
         {"name": config.name, "config": config.model_dump(mode="json"), "force": force},
         force=force,
-        display=current_display(),
+        display=PrefectDisplay(),
     )
-    return run.execute(PrefectCall(config.run.root))
+    return show(run.execute(PrefectCall(config.run.root)))

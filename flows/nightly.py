@@ -15,9 +15,9 @@ from pydantic import Field
 from data_curation.config import RememberConfig
 from flows.config import LifecycleConfig
 from flows.dag import curation, seeded
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Record, Run
+from flows.shown import PrefectDisplay, show
 from infra.artifacts import Artifact
 from infra.errors import ConfigError, GateFailed
 from infra.pointers import Move, move, moves
@@ -66,7 +66,7 @@ def nightly_flow(
         raise
     night.promote(store, record)
     night.remember(store, record)
-    return record
+    return show(record)
 
 
 class Night:
@@ -84,7 +84,7 @@ class Night:
         about = {"name": self.config.name, "flow": "nightly", "config": self.config.model_dump(mode="json"),
                  "current": self.champion.artifact.digest, "generation": self.champion.generation}  # fmt: skip
         given = {CURRENT: self.champion.artifact, SEEN: self.seen.artifact, **beside, **self.past}
-        return Run(self.run_id, specs, self.config.run, about, display=current_display(), given=given)
+        return Run(self.run_id, specs, self.config.run, about, display=PrefectDisplay(), given=given)
 
     def curated(self) -> list[StageSpec]:
         """Curation up to the manifest, and the new watermark."""

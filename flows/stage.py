@@ -8,9 +8,9 @@ from prefect import flow
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Run
+from flows.shown import PrefectDisplay, show
 from infra.config import parse
 from infra.storage import open_store
 
@@ -25,7 +25,7 @@ def stage_flow(run_id: str = "latest", stage: str = "report", force: bool = True
         force: Make it anew although its result is there
         root: Where the run's results are kept: folder, file:// or s3://
     """
-    return run_one(run_id, stage, force, root).execute(PrefectCall(root))
+    return show(run_one(run_id, stage, force, root).execute(PrefectCall(root)))
 
 
 def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:
@@ -36,4 +36,4 @@ def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:
     about = {"name": config.name, "config": recorded["config"], "rerun_of": recorded["run"], "force": [stage]}
     forced = [stage] if force else []
     new_id = flow_run_id(config.name)
-    return Run(new_id, stage_specs(config), config.run, about, forced, display=current_display(), only=stage)
+    return Run(new_id, stage_specs(config), config.run, about, forced, display=PrefectDisplay(), only=stage)

@@ -144,6 +144,12 @@ def test_a_run_started_from_the_form_completes(served, client, page):
     page.wait_for_timeout(4000)
     shown(page, "run")
     assert client.read_flow_run(run.id).state_name == "Completed"
+    artifacts = {artifact.key: artifact for artifact in client.read_artifacts() if artifact.key}
+    assert {"stages", "samples", "report", "progress-pretrain-32"} <= artifacts.keys()
+    assert {row["stage"] for row in json.loads(artifacts["stages"].data)} >= {"source", "sft", "report"}
+    page.goto(f"{url.removesuffix('/api')}/v2/artifacts/artifact/{artifacts['samples'].id}")
+    page.locator("img[src^='data:image/png']").first.wait_for()
+    shown(page, "samples")
     records = [json.loads(path.read_text()) for path in (root / "runs").glob("from-the-form-*.json")]
     assert [record["outcome"] for record in records] == ["ok"]
 
