@@ -51,7 +51,7 @@ def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[st
         raise DataRefused(f"source {config.path} has no pictures or URLs: the list is empty; give one with a URL a row")
     new = [row for row in rows if row["url"] not in seen]
     write_table(new, SOURCE_SCHEMA, ctx.out / "urls.parquet")
-    return {"received": len(new), "seen_before": len(rows) - len(new)}
+    return {"received": len(new)} | ({"seen_before": len(rows) - len(new)} if seen else {})
 
 
 # --- lists ---
@@ -131,7 +131,7 @@ def _read_pictures(config: FolderSource, ctx: StageContext) -> dict[str, Any]:
         raise DataRefused(f"source {config.path}, read as {layout}, has no pictures; see what `t2i init` says about it")
     write_table(rows, SOURCE_SCHEMA, ctx.out / "urls.parquet")
     return {
-        "received": len(rows), "seen_before": old, "layout": layout,
+        "received": len(rows), "layout": layout,
         "without_caption": sum(not row["caption_short"] for row in rows),
     }  # fmt: skip
 
