@@ -171,3 +171,13 @@ def test_a_new_home_starts_from_the_kept_database(tmp_path: Path, monkeypatch: p
     prefect_template.template().write_bytes(b"a database")
     assert prefect_template.start_from_template(home)
     assert (home / "prefect.db").read_bytes() == b"a database"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5"])
+@pytest.mark.parametrize(
+    "password", [{}, {"PREFECT_SERVER_API_AUTH_STRING": ""}, {"PREFECT_SERVER_API_AUTH_STRING": ":"}]
+)
+def test_no_server_beyond_loopback_without_a_password(tmp_path: Path, host: str, password: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"a server on {host} can be reached from other machines"):
+        PrefectServer(tmp_path, host=host, more=password)
+    assert not list(tmp_path.iterdir())
