@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -303,20 +302,3 @@ def open_store(root: str | Path, create: bool = True) -> Store:
             return Store(S3Objects(text, create))
         case _:
             raise ConfigError(f"root {text!r} has scheme {scheme!r}; use a path, file:///path or s3://bucket/prefix")
-
-
-def require_disk(root: str | Path, needed: int) -> None:
-    """Refuse to start when the disk under a local `root` has less than `needed` bytes free."""
-    if str(root).startswith("s3://"):
-        return
-    from infra.local_files import local_path
-
-    place = local_path(str(root))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ConfigError(
-            f"disk under {root} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB; "
-            "free some space or choose another place with --root"
-        )
