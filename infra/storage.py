@@ -52,6 +52,7 @@ class Store:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.root = backend.root
+        self.scratch_root = backend.scratch  # this machine's working folders
 
     # -- artifacts
 
@@ -163,11 +164,6 @@ class Store:
         """Bytes of an artifact's files, from its record."""
         found = self._record(stage, key)
         return 0 if found is None else sum(item.size for item in found[1])
-
-    @property
-    def scratch_root(self) -> Path:
-        """Where this machine's working folders are."""
-        return self._backend.scratch
 
     # -- run records
 
