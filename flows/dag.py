@@ -30,13 +30,13 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
     ]
 
 
-def curation(data: DataConfig) -> list[StageSpec]:
-    """From URLs to a training set."""
+def curation(data: DataConfig, **known: str) -> list[StageSpec]:
+    """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
     return [
-        spec_of("source", function, data.source),
+        spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),
-        spec_of("dedup", "deduplicate", data.dedup, rows="download"),
+        spec_of("dedup", "deduplicate", data.dedup, rows="download", **known),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
         spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source"),
         spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),

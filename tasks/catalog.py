@@ -40,6 +40,7 @@ TRAITS: dict[str, Traits] = {
     "read_subject": Traits("subject", "data_curation.config:SubjectFolder", "data_curation.subject:read_subject"),
     "download": Traits("manifest", "data_curation.config:DownloadConfig", "data_curation.download:download", version=3),
     "deduplicate": Traits("manifest", "data_curation.config:DedupConfig", "data_curation.dedup:deduplicate", version=2),
+    "remember": Traits("manifest", "data_curation.config:RememberConfig", "data_curation.known:remember"),
     "filter_quality": Traits("manifest", "data_curation.config:QualityConfig", "data_curation.quality:filter_quality"),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets"),
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode"),

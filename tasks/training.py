@@ -31,6 +31,7 @@ from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
+PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
@@ -87,9 +88,11 @@ def run_training(
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:
     """Train a denoiser from scratch or from `init` on the rows the config selects."""
     data = TrainingData(ctx.inputs["data"])
+    past = [TrainingData(folder) for role, folder in sorted(ctx.inputs.items()) if role.startswith(PAST)]
+    scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
     train_config = config.train
     if "init" in ctx.inputs:
-        denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
+        denoiser = prx.load(ctx.inputs["init"] / "transformer", scale.text_mean, scale.text_std)
         refuse_distilled(ctx.inputs["init"], config.name)
     else:
         denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
@@ -102,7 +105,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     repa = alignment(config, denoiser, data, phases)
     objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
     cached = repa is not None and repa.config.needs_cached_features
-    batches = curriculum_batches(data, phases, train_config.seed, cached)
+    batches = curriculum_batches(data, phases, train_config.seed, cached, past)
     card = SamplingCard(
         steps=config.sampling.steps, guidance=config.sampling.guidance, side=config.sampling.side,
         prompt_max_tokens=config.network.prompt_max_tokens,
@@ -116,9 +119,11 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times_shown(config, denoiser)}
 
 
-def curriculum_batches(data: TrainingData, phases: Sequence[Phase], seed: int, teacher: bool) -> Callable[[int], Batch]:
+def curriculum_batches(
+    data: TrainingData, phases: Sequence[Phase], seed: int, teacher: bool, past: Sequence[TrainingData] = ()
+) -> Callable[[int], Batch]:
     """This worker's batch as a pure function of the step; each phase reads its own rows from the start."""
-    parts = [data.batches(phase.select, phase.batch_size, seed, teacher, phase.first_step) for phase in phases]
+    parts = [data.batches(phase.select, phase.batch_size, seed, teacher, phase.first_step, past) for phase in phases]
     return lambda step: parts[phases.index(phase_at(phases, step))](step)
 
 
