@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_curation.known import ROLE
 from infra.artifacts import Artifact
 from infra.errors import DataRefused
 from infra.lineage import Graph
@@ -24,8 +25,10 @@ from infra.storage import Store
 from tasks.lineage import TRAINING_SET, index_of, manifest_table, trained_on, trainers
 
 NAMES = ("row_id", "url", "final_url", "sha256_raw", "sha256_stored", "phash")  # columns that may name a picture
+
+REMEMBER = "remember"  # the stage that adds a night to the rows seen before
 COLUMNS = (*NAMES, "decision", "reasons", "keeper_id", "dup_distance", "caption_short")
-ITSELF, KEPT, COPY, ALIKE = "is it", "kept in its place", "a copy of it", "looks like it"
+ITSELF, KEPT, COPY, ALIKE = ORDER = "is it", "kept in its place", "a copy of it", "looks like it"
 MOST_DIFFERENT = 1 / 24  # share of hash bits in which a picture given as a file may differ and still be shown
 
 
@@ -55,13 +58,13 @@ def asked(what: str) -> Asked:
 
 def impact(store: Store, graph: Graph, what: str) -> dict[str, Any]:
     """Rows that are the picture or stand for it, the stages that trained on them, and all that was made from those."""
-    question = asked(what)
+    question, manifests = asked(what), _last_manifests(graph)
+    found = matches([manifest_table(store, manifest, COLUMNS) for manifest in manifests], question)
     rows: list[dict[str, Any]] = []
     direct: dict[str, dict[str, Any]] = {}  # digest -> what it saw
-    for manifest in _last_manifests(graph):
-        found = matches(manifest_table(store, manifest, COLUMNS), question)
-        rows += [{"manifest": manifest.digest, **row} for row in found]
-        ids = [row["row_id"] for row in found]
+    for manifest, own in zip(manifests, found, strict=True):
+        rows += [{"manifest": manifest.digest, **row} for row in own]
+        ids = [row["row_id"] for row in own]
         for artifact, seen in _trained(store, graph, manifest, ids) if ids else []:
             entry = direct.setdefault(
                 artifact.digest, {**_about(artifact), "trained": True, "made_from": [], "rows": []}
@@ -76,24 +79,25 @@ def impact(store: Store, graph: Graph, what: str) -> dict[str, Any]:
     return {"asked": what, "rows": rows, "affected": affected}
 
 
-def matches(table: pa.Table, question: Asked) -> list[dict[str, Any]]:
-    """Rows of a manifest that are the picture, were kept in its place, are copies of it, or look like it."""
-    near = _alike(table, question.picture)
-    itself = _where_any(table, NAMES, [question.name])
-    kept, copies = _same_picture(table, itself) if "keeper_id" in table.schema.names else ([], [])
-    relation = dict.fromkeys(near, ALIKE) | dict.fromkeys(copies, COPY) | dict.fromkeys(kept, KEPT)
-    relation |= dict.fromkeys(itself["row_id"].to_pylist(), ITSELF)
-    found = _where_any(table, ("row_id",), list(relation)).to_pylist()
-    order = [ITSELF, KEPT, COPY, ALIKE]
-    rows = [{**row, "relation": relation[row["row_id"]], "bits": near.get(row["row_id"])} for row in found]
-    return sorted(rows, key=lambda row: (order.index(row["relation"]), row["row_id"]))
+def matches(tables: Sequence[pa.Table], question: Asked) -> list[list[dict[str, Any]]]:
+    """Rows of each manifest that are the picture, were kept in its place, are copies of it, or look like it.
 
-
-def _same_picture(table: pa.Table, itself: pa.Table) -> tuple[list[str], list[str]]:
-    """Row ids of what was kept in the rows' place, and of what was dropped for them or for that."""
-    kept = list(itself["keeper_id"].drop_null().to_pylist())
-    stands = [*kept, *itself["row_id"].to_pylist()]
-    return kept, list(_where_any(table, ("keeper_id",), stands)["row_id"].to_pylist())
+    The picture kept in a row's place may lie in the manifest of an earlier night: row ids hold the hash of their URL.
+    """
+    near = [_alike(table, question.picture) for table in tables]
+    itself = [_where_any(table, NAMES, [question.name]) for table in tables]
+    named = [row_id for part in itself for row_id in part["row_id"].to_pylist()]
+    kept = [row_id for part in itself if "keeper_id" in part.schema.names
+            for row_id in part["keeper_id"].drop_null().to_pylist()]  # fmt: skip
+    found = []
+    for table, alike in zip(tables, near, strict=True):
+        copies = _where_any(table, ("keeper_id",), [*named, *kept])["row_id"].to_pylist()
+        relation = dict.fromkeys(alike, ALIKE) | dict.fromkeys(copies, COPY)
+        relation |= dict.fromkeys(kept, KEPT) | dict.fromkeys(named, ITSELF)
+        rows = _where_any(table, ("row_id",), list(relation)).to_pylist()
+        about = [{**row, "relation": relation[row["row_id"]], "bits": alike.get(row["row_id"])} for row in rows]
+        found.append(sorted(about, key=lambda row: (ORDER.index(row["relation"]), row["row_id"])))
+    return found
 
 
 def _where_any(table: pa.Table, columns: Sequence[str], values: Sequence[str]) -> pa.Table:
@@ -124,9 +128,13 @@ def _alike(table: pa.Table, picture: bytes | None) -> dict[str, int]:
 
 
 def _last_manifests(graph: Graph) -> list[Artifact]:
-    """Manifests from which no further manifest was made: they hold every row with its last decision."""
-    manifests = [artifact for artifact in graph.ordered if artifact.kind == "manifest"]
-    before = {each.digest for manifest in manifests for each in graph.inputs(manifest).values()}
+    """Manifests from which no further one was curated: they hold every row with its last decision.
+
+    An earlier night's rows are compared with (the role `known`), not curated further; and what a night remembers for the
+    next one repeats the rows of all nights.
+    """
+    manifests = [each for each in graph.ordered if each.kind == "manifest" and each.facts.get("function") != REMEMBER]
+    before = {each.digest for manifest in manifests for role, each in graph.inputs(manifest).items() if role != ROLE}
     return [manifest for manifest in manifests if manifest.digest not in before]
 
 

@@ -44,10 +44,6 @@ class Look:
     guidance: float
     num_tokens: int
 
-    def fits(self, other: Look, models: Models, others: Models) -> bool:
-        """Whether two pictures can be drawn by the same call."""
-        return self == other and models is others
-
 
 @dataclass
 class Job:
@@ -124,7 +120,7 @@ class Engine:
             for job in self._queue:
                 if first is None or job.done.cancelled():
                     continue
-                if len(chosen) < self.config.batch and job.look.fits(first.look, job.models, first.models):
+                if len(chosen) < self.config.batch and job.models is first.models and job.look == first.look:
                     chosen.append(job)
                 else:
                     rest.append(job)

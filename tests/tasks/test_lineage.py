@@ -92,6 +92,26 @@ def graph(store: Store, tmp_path: Path) -> Graph:
     return Graph(store.list())
 
 
+def test_a_later_night_s_copy_leads_to_the_picture_kept_before(store: Store, graph: Graph, tmp_path: Path):
+    """The next night drops a known picture, and remembers all rows: both must not hide what was trained on."""
+    seen = next(a for a in store.list() if a.stage == "dedup")
+    again = row(9, decision="drop", reasons=["known_before"], keeper_id="r0", dup_distance=0)
+
+    def make(stage: str, function: str, inputs: Mapping[str, Artifact], rows: list) -> Artifact:
+        folder = tmp_path / f"night-{stage}"
+        folder.mkdir()
+        write_manifest(rows, folder)
+        facts = {"function": function, "inputs": {r: a.digest for r, a in inputs.items()}}
+        return store.commit(stage, stage.ljust(64, "1"), "manifest", folder, [], facts)
+
+    night = make("dedup", "deduplicate", {"known": seen}, [again])
+    make("remembered", "remember", {"known": seen, "manifest": night}, [*ROWS, again])
+    found = impact(store, Graph(store.list()), f"{WEB}/9.png")
+    relations = {r["row_id"]: r["relation"] for r in found["rows"]}
+    assert relations == {"r9": "is it", "r0": "kept in its place", "r1": "a copy of it"}
+    assert affected(found) == {"pretrain": ["r0"], "wide": ["r0"], "dpo": "pretrain"}
+
+
 def affected(found: dict) -> dict[str, list[str] | str]:
     return {a["stage"]: a["rows"] if a["trained"] else ",".join(a["made_from"]) for a in found["affected"]}
 
