@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def told():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, told):
+def served(tmp_path_factory, told, until):
     sys.path.insert(0, str(FOLDER))
     from postgres import missing, postgres
 
@@ -69,20 +68,6 @@ def served(tmp_path_factory, told):
         finally:
             os.killpg(up.pid, signal.SIGTERM)
             up.wait(30)
-
-
-def until(ask, seconds=300.0):
-    from prefect.exceptions import ObjectNotFound
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if answer := ask():
-                return answer
-        except ObjectNotFound:
-            pass
-        time.sleep(0.5)
-    raise AssertionError("not within the time")
 
 
 @pytest.fixture
@@ -120,7 +105,7 @@ def shown(page, name):
         page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
 
 
-def test_a_run_started_from_the_form_completes(served, client, page):
+def test_a_run_started_from_the_form_completes(served, client, page, until):
     url, root = served
     deployment = until(lambda: client.read_deployment_by_name("lifecycle/lifecycle"))
     assert deployment.tags == ["t2i"]
@@ -164,7 +149,7 @@ def test_the_door_is_shut_without_the_password(served):
     connection.close()
 
 
-def test_a_failed_run_is_told(served, client, told):
+def test_a_failed_run_is_told(served, client, told, until):
     deployment = until(lambda: client.read_deployment_by_name("stage/stage"))
     run = client.create_flow_run_from_deployment(deployment.id, parameters={"run_id": "nobody"})
     until(lambda: client.read_flow_run(run.id).state.is_final())
