@@ -34,7 +34,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "irepa": ({"repa.projector": "conv", "repa.spatial_norm": 1.0}, {}),
     "muon": ({}, {"train.optimizer.muon_lr": None}),
     "tread": ({"tread": {"share": 0.5, "first": 2, "last": 2}}, {}),
-    "curriculum": ({}, {"select.resolutions": [32, 40], "select.shares": [0.5, 0.5], "repa": None}),
+    "curriculum": ({"repa": None}, {"select.resolutions": [32, 40], "select.shares": [0.5, 0.5], "repa": None}),
 }
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 

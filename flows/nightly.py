@@ -21,6 +21,7 @@ from flows.shown import PrefectDisplay, show
 from infra.artifacts import Artifact
 from infra.errors import ConfigError, GateFailed
 from infra.pointers import Move, move, moves
+from infra.records import lifecycles
 from infra.stages import StageSpec
 from infra.storage import Store, open_store
 from models.pretraining.config import FlowMatchingConfig
@@ -149,8 +150,7 @@ def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
     champion, seen = moves(store, champion_of(config)), moves(store, seen_of(config))
     if champion and seen:
         return champion[-1], seen[-1]
-    finished = [run for run in store.list_runs() if run.get("name") == config.name and run.get("outcome") == "ok"
-                and "flow" not in run and "rerun_of" not in run]  # fmt: skip
+    finished = lifecycles(store.list_runs(), config.name)
     if not finished:
         raise ConfigError(
             f"root {store.root} has no finished run called {config.name!r}; run it once first: t2i run PRESET"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,11 @@ def run_record(data: bytes, name: str) -> dict[str, Any]:
         return {"run": record["run"], "started": record["started"], **record}
     except (ValueError, KeyError, TypeError) as error:
         raise LifecycleError(f"run record {name} is damaged ({error}); remove that file under runs/") from error
+
+
+def lifecycles(runs: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Finished whole runs of a lifecycle's name, in the order given; nights, subjects and reruns are none."""
+    return [
+        run for run in runs
+        if run.get("name") == name and run.get("outcome") == "ok" and not {"flow", "rerun_of"} & run.keys()
+    ]  # fmt: skip

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from infra.errors import ConfigError
-from infra.storage import open_store
+from infra.records import lifecycles
+from infra.storage import Store, open_store
 from tasks.serving.config import ServeConfig
 
 KEY = "T2I_SERVE_KEY"  # environment variable with the bearer key
@@ -24,7 +25,7 @@ def refuse_open(host: str, key: str | None) -> None:
 
 
 def build(root: str, run: str, config: ServeConfig, key: str | None, hosts: list[str] | None) -> Any:
-    """The ASGI application of a run; with `latest`, later runs take over without a restart."""
+    """The ASGI application of a run; with `latest`, later runs of its name take over without a restart."""
     from tasks.serving.app import create_app
     from tasks.serving.engine import Engine
     from tasks.serving.models import Models, models_of
@@ -34,11 +35,16 @@ def build(root: str, run: str, config: ServeConfig, key: str | None, hosts: list
     engine.models.generator(engine.models.find(None), ())  # loaded before the first request
 
     def follow() -> Models | None:
-        record = store.read_run(run)
-        finished = record.get("outcome") == "ok" and record["run"] != engine.models.run
-        return models_of(store, str(record["run"]), config.mixes) if finished else None
+        later = later_run(store, engine.models.run)
+        return None if later is None else models_of(store, later, config.mixes)
 
     return create_app(engine, config, key, follow if run == "latest" else None, hosts)
+
+
+def later_run(store: Store, served: str) -> str | None:
+    """The newest finished run of the same lifecycle, if it is not the one served; nights, reruns and ablations are none."""
+    finished = lifecycles(store.list_runs(), str(store.read_run(served).get("name")))
+    return str(finished[0]["run"]) if finished and finished[0]["run"] != served else None
 
 
 def serve_here(root: str, run: str, host: str, port: int, config: ServeConfig) -> None:

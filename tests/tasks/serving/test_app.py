@@ -18,7 +18,7 @@ from models.sampling.generate import load_generator
 from tasks.lineage import STAMP
 from tasks.serving.engine import Ending, Look
 from tasks.serving.models import models_of
-from tasks.serving.server import refuse_open
+from tasks.serving.server import later_run, refuse_open
 
 IMAGES = "/v1/images/generations"
 PROMPT = "a big apple on a blue background"
@@ -212,6 +212,21 @@ def test_a_swap_fails_no_request_and_later_ones_see_the_new_model(serving, new_r
     after = client.post(IMAGES, json={"prompt": PROMPT, "seed": 3}).json()
     assert after["data"][0]["b64_json"] != before["data"][0]["b64_json"]
     assert client.get("/v1/models").json()["run"] == "next"
+
+
+def test_only_a_later_run_of_the_same_lifecycle_takes_over(new_run):
+    store = new_run("first", 7)
+    for name, about in {
+        "ablation": {"name": "ablate-repa", "outcome": "ok"},
+        "night": {"name": "demo", "outcome": "ok", "flow": "nightly"},
+        "again": {"name": "demo", "outcome": "ok", "rerun_of": "first"},
+        "broken": {"name": "demo", "outcome": "stage_failed"},
+    }.items():
+        store.write_run(name, about)
+    assert later_run(store, "first") is None
+    new_run("second", 8)
+    assert later_run(store, "first") == "second"
+    assert later_run(store, "second") is None
 
 
 def test_a_client_that_left_frees_its_place_in_the_queue(serving, live):
