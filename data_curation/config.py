@@ -147,15 +147,18 @@ class DedupConfig(Config):
     hash_size: int = Field(
         default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared."
     )
-    max_distance: int = Field(default=60, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
+    max_distance: int = Field(default=90, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
     max_relative: float = Field(
-        default=0.18, gt=0, le=1,
-        description="Greatest difference of registered copies over their slopes; half of it at max_distance.",
-    )  # fmt: skip
-    max_tint: float = Field(default=2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
-    sure_distance: int = Field(default=10, ge=0, le=200, description="Hash distance of pictures saved again.")
-    sure_residual: float = Field(default=6.5, gt=0, le=255, description="Their greatest difference, grey levels.")
-    sure_tint: float = Field(default=5, gt=0, le=255, description="Their greatest difference of flat colours.")
+        default=0.36, gt=0, le=1, description="Greatest difference of registered copies over their slopes."
+    )
+    max_tint: float = Field(default=3.2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
+    max_shear: float = Field(
+        default=0.009, gt=0, le=1, description="Greatest tilt that registers them, share of the side."
+    )
+    same_distance: int = Field(default=24, ge=0, le=200, description="Hash distance of pictures saved again, uncut.")
+    known_distance: int = Field(
+        default=10, ge=0, le=200, description="The same against earlier manifests that have hashes, but no thumbnails."
+    )
 
 
 class QualityConfig(Config):

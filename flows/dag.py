@@ -37,7 +37,7 @@ def curation(data: DataConfig) -> list[StageSpec]:
         spec_of("download", "download", data.download, source="source"),
         spec_of("dedup", "deduplicate", data.dedup, rows="download"),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
-        spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source"),
+        spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source", signatures="dedup"),
         spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),
     ]
 
