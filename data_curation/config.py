@@ -161,20 +161,29 @@ class DedupConfig(Config):
     )
 
 
-class QualityConfig(Config):
-    """Thresholds of the technical checks; each has its own reason."""
+class QualityThresholds(Config):
+    """Bounds of the stored scores; each has its own reason."""
 
     min_side: int = Field(default=64, ge=8, description="Least width and height, px (reason too_small).")
     max_aspect: float = Field(default=2.2, ge=1, description="Greatest long side / short side (reason odd_aspect).")
     max_blur: float = Field(default=0.5, ge=0, le=1, description="Greatest blur score (reason blurred).")
     min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
     min_contrast: float = Field(default=1.5, ge=0, description="Least deviation of grey values (reason no_content).")
+    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
+
+
+class QualityConfig(QualityThresholds):
+    """What the quality stage measures, and its thresholds."""
+
     check_captions: bool = Field(default=True, description="Drop captions that the pictures contradict.")
     caption_min_rows: int = Field(default=3_000, ge=100, description="Do not check captions of fewer rows.")
     caption_min_explained: float = Field(
         default=0.5, ge=0, le=1, description="Do not check captions if pictures explain less of their words."
     )
-    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
+
+
+class RedecideConfig(QualityThresholds):
+    """Other thresholds for scores that are stored already; nothing is measured again."""
 
 
 class ResolutionConfig(Config):
@@ -216,6 +225,9 @@ class DataConfig(Config):
     download: DownloadConfig = Field(default=DownloadConfig(), description="Fetching.")
     dedup: DedupConfig = Field(default=DedupConfig(), description="Copies.")
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
+    redecide: RedecideConfig | None = Field(
+        default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
+    )
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
 

@@ -32,12 +32,15 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
 def curation(data: DataConfig) -> list[StageSpec]:
     """From URLs to a training set."""
     function = SOURCES[data.source.kind]
+    last = "quality" if data.redecide is None else "redecide"
+    again = [] if data.redecide is None else [spec_of("redecide", "redecide", data.redecide, rows="quality")]
     return [
         spec_of("source", function, data.source),
         spec_of("download", "download", data.download, source="source"),
         spec_of("dedup", "deduplicate", data.dedup, rows="download"),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
-        spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source", signatures="dedup"),
+        *again,
+        spec_of("buckets", "assign_buckets", data.buckets, rows=last, truth="source", signatures="dedup"),
         spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),
     ]
 
