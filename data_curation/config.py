@@ -186,6 +186,12 @@ class RedecideConfig(QualityThresholds):
     """Other thresholds for scores that are stored already; nothing is measured again."""
 
 
+class SafetyConfig(Config):
+    """Drop pictures that show nudity."""
+
+    max_nsfw: float = Field(default=0.8, ge=0, le=1, description="Greatest probability of nudity (reason unsafe).")
+
+
 class ResolutionConfig(Config):
     """One training resolution: buckets of about side x side pixels."""
 
@@ -228,6 +234,7 @@ class DataConfig(Config):
     redecide: RedecideConfig | None = Field(
         default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
     )
+    safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
 

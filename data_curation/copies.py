@@ -19,7 +19,7 @@ SLACK = 0.0035  # by how much a cut may seem to leave the other picture, share o
 ONE_WAY = 0.009  # and by how much it may seem to widen one side while it narrows the other
 LARGEST_CUT = 0.045
 SAME_SCALE, SAME_SHIFT = 0.014, 0.003  # moves within which the frame counts as kept
-SAME_RELATIVE, SAME_TINT, SAME_SHEAR = 0.42, 8.0, 0.008
+SAME_RELATIVE, SAME_TINT, SAME_SHEAR = 0.55, 8.0, 0.008
 BATCH = 4_096
 
 Flags = NDArray[np.bool_]
@@ -63,8 +63,8 @@ def _cut(found: Agreement, tilt: NDArray[np.float32], config: DedupConfig) -> Fl
     within = (np.abs(shift) <= np.abs(scale) / 2 + SLACK).all(axis=1) & (np.abs(scale) < LARGEST_CUT).all(axis=1)
     one_way = (scale.min(axis=1) > -ONE_WAY) | (scale.max(axis=1) < ONE_WAY)
     misfit = [(tilt, config.max_shear), (found.relative, config.max_relative), (found.tint, config.max_tint)]
-    close: Flags = sum((value / limit) ** 2 for value, limit in misfit) < 1
-    return within & one_way & close
+    close = np.sum([(value / limit) ** 2 for value, limit in misfit], axis=0) < 1
+    return np.asarray(within & one_way & close, bool)
 
 
 def _same_frame(

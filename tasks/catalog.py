@@ -41,6 +41,7 @@ TRAITS: dict[str, Traits] = {
     "download": Traits("manifest", "data_curation.config:DownloadConfig", "data_curation.download:download", version=3),
     "deduplicate": Traits("manifest", "data_curation.config:DedupConfig", "data_curation.dedup:deduplicate", version=3),
     "filter_quality": Traits("manifest", "data_curation.config:QualityConfig", "data_curation.quality:filter_quality"),
+    "filter_safety": Traits("manifest", "data_curation.config:SafetyConfig", "data_curation.safety:filter_safety"),
     "redecide": Traits("manifest", "data_curation.config:RedecideConfig", "data_curation.redecide:redecide"),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets", version=2),
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode"),
