@@ -8,6 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from data_curation.config import BucketsConfig, ResolutionConfig
+from data_curation.known import pass_on
 from data_curation.manifest import KEEP, Row, drop, funnel, read_manifest, write_manifest
 from data_curation.truth import score_truth
 
@@ -26,6 +27,8 @@ def assign_buckets(config: BucketsConfig, ctx: StageContext) -> dict[str, Any]:
             _assign(row, config)
     write_manifest(rows, ctx.out)
     kept = [row for row in rows if row["decision"] == KEEP]
+    if "signatures" in ctx.inputs:
+        pass_on(ctx.inputs["signatures"], {row["row_id"] for row in kept}, ctx.out)
     facts = funnel(rows, len(rows)) | {
         "buckets": dict(sorted(Counter(name for row in kept for name in row["buckets"]).items())),
         "splits": dict(sorted(Counter(row["split"] for row in kept).items())),

@@ -147,35 +147,53 @@ class DedupConfig(Config):
     hash_size: int = Field(
         default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared."
     )
-    max_distance: int = Field(default=60, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
+    max_distance: int = Field(default=90, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
     max_relative: float = Field(
-        default=0.18, gt=0, le=1,
-        description="Greatest difference of registered copies over their slopes; half of it at max_distance.",
-    )  # fmt: skip
-    max_tint: float = Field(default=2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
-    sure_distance: int = Field(default=10, ge=0, le=200, description="Hash distance of pictures saved again.")
-    sure_residual: float = Field(default=6.5, gt=0, le=255, description="Their greatest difference, grey levels.")
-    sure_tint: float = Field(default=5, gt=0, le=255, description="Their greatest difference of flat colours.")
+        default=0.36, gt=0, le=1, description="Greatest difference of registered copies over their slopes."
+    )
+    max_tint: float = Field(default=3.2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
+    max_shear: float = Field(
+        default=0.009, gt=0, le=1, description="Greatest tilt that registers them, share of the side."
+    )
+    same_distance: int = Field(default=24, ge=0, le=200, description="Hash distance of pictures saved again, uncut.")
+    known_distance: int = Field(
+        default=10, ge=0, le=200, description="The same against earlier manifests that have hashes, but no thumbnails."
+    )
 
 
 class RememberConfig(Config):
     """Nothing to set: what earlier nights have seen and tonight's manifest become one."""
 
 
-class QualityConfig(Config):
-    """Thresholds of the technical checks; each has its own reason."""
+class QualityThresholds(Config):
+    """Bounds of the stored scores; each has its own reason."""
 
     min_side: int = Field(default=64, ge=8, description="Least width and height, px (reason too_small).")
     max_aspect: float = Field(default=2.2, ge=1, description="Greatest long side / short side (reason odd_aspect).")
     max_blur: float = Field(default=0.5, ge=0, le=1, description="Greatest blur score (reason blurred).")
     min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
     min_contrast: float = Field(default=1.5, ge=0, description="Least deviation of grey values (reason no_content).")
+    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
+
+
+class QualityConfig(QualityThresholds):
+    """What the quality stage measures, and its thresholds."""
+
     check_captions: bool = Field(default=True, description="Drop captions that the pictures contradict.")
     caption_min_rows: int = Field(default=3_000, ge=100, description="Do not check captions of fewer rows.")
     caption_min_explained: float = Field(
         default=0.5, ge=0, le=1, description="Do not check captions if pictures explain less of their words."
     )
-    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
+
+
+class RedecideConfig(QualityThresholds):
+    """Other thresholds for scores that are stored already; nothing is measured again."""
+
+
+class SafetyConfig(Config):
+    """Drop pictures that show nudity."""
+
+    max_nsfw: float = Field(default=0.8, ge=0, le=1, description="Greatest probability of nudity (reason unsafe).")
 
 
 class ResolutionConfig(Config):
@@ -217,6 +235,10 @@ class DataConfig(Config):
     download: DownloadConfig = Field(default=DownloadConfig(), description="Fetching.")
     dedup: DedupConfig = Field(default=DedupConfig(), description="Copies.")
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
+    redecide: RedecideConfig | None = Field(
+        default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
+    )
+    safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
 

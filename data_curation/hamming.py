@@ -84,6 +84,17 @@ def all_pairs(hashes: NDArray[np.uint8], max_distance: int) -> Pairs:
     return _sorted(found, len(hashes))
 
 
+def cross_pairs(hashes: NDArray[np.uint8], others: NDArray[np.uint8], max_distance: int) -> Pairs:
+    """Pairs (i of `hashes`, j of `others`) within the distance, each hash against all others: linear in both."""
+    left, right = _words(hashes), _words(others)
+    found = [(np.empty(0, np.int64),) * 3]
+    for i in range(len(hashes)):
+        distance = _distances(right, left[:, i : i + 1])
+        j = np.flatnonzero(distance <= max_distance)
+        found.append((np.full(len(j), i, np.int64), j, distance[j].astype(np.int64)))
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+
 def banded_pairs(hashes: NDArray[np.uint8], max_distance: int, bands: tuple[Band, ...] | None = None) -> Pairs:
     """The banded way; the same pairs."""
     if bands is None:

@@ -26,8 +26,9 @@ ROWS_SCHEMA = pa.schema([
 ])  # fmt: skip
 MANIFEST_SCHEMA = pa.schema([
     *(f for f in ROWS_SCHEMA if f.name != "image"),
-    ("phash", pa.string()), ("keeper_id", pa.string()), ("dup_distance", pa.int32()),
+    ("phash", pa.string()), ("keeper_id", pa.string()), ("keeper_origin", pa.string()), ("dup_distance", pa.int32()),
     ("blur", pa.float32()), ("jpeg_quality", pa.int32()), ("contrast", pa.float32()), ("caption_gap", pa.float32()),
+    ("nsfw", pa.float32()), ("nsfw_model", pa.string()), ("nsfw_threshold", pa.float32()),
     ("bucket_w", pa.int32()), ("bucket_h", pa.int32()), ("buckets", pa.list_(pa.string())),
     ("crop_share", pa.float32()), ("split", pa.string()),
 ])  # fmt: skip

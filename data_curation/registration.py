@@ -1,7 +1,8 @@
 """Is one picture a copy of another? Lucas-Kanade registration (1981) with scale, shift and one brightness gain.
 
 A perceptual hash only nominates: it cannot tell a cropped copy from the same motif drawn again. A copy becomes equal
-under a small crop and a brightness change; another drawing does not. Left out: rotation, mirroring, overlays.
+under a small crop and a brightness change; another drawing does not, or only with a tilt, which `shear` measures.
+Left out: rotated and mirrored copies, overlays.
 
 Shapes: P pairs, K x K thumbnail, 3 colours.
 """
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 48
-BLUR = 1.4  # px of the thumbnail; alignment needs slopes, not edges
-STEPS = 4
-MAX_MOVE = 0.05  # of the picture's side: the largest crop we undo
-MAX_LOG_ASPECT = 0.06
+BLUR = 1.0  # px of the thumbnail; alignment needs slopes, not edges
+STEPS = 6
+MAX_MOVE = 0.06  # of the picture's side: the largest crop we undo
 SATURATED = 244
 MARGIN = 2
 BATCH = 64
+COARSE = 12  # px; a first look that costs little
+MAX_COARSE, MAX_COARSE_RELATIVE = 16.0, 0.5  # its greatest difference, grey levels and over the slopes
 
 Floats = NDArray[np.float32]
 
@@ -33,7 +35,7 @@ class Agreement:
     residual: Floats  # rms difference, grey levels
     relative: Floats  # the same over the rms slope of the first picture
     tint: Floats  # largest median difference of a colour channel, grey levels: a flat area keeps its colour in a copy
-    move: Floats  # largest scale or shift that was undone, share of the side
+    move: Floats  # what was undone, [P, 4]: scale x, scale y, shift x, shift y, share of the side
 
 
 def thumbnail(picture: Image.Image) -> NDArray[np.uint8]:
@@ -44,8 +46,34 @@ def thumbnail(picture: Image.Image) -> NDArray[np.uint8]:
 def register(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Agreement:
     """Align each second thumbnail [P, K, K, 3] to its first."""
     parts = [_register(_soft(first[i : i + BATCH]), _soft(second[i : i + BATCH])) for i in range(0, len(first), BATCH)]
-    columns = zip(*parts, strict=True) if parts else ((np.empty(0, np.float32),),) * 4
-    return Agreement(*(np.concatenate(column) for column in columns))
+    if not parts:
+        none = np.empty(0, np.float32)
+        return Agreement(none, none, none, np.empty((0, 4), np.float32))
+    return Agreement(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def shear(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
+    """How far each pair asks for a tilt or shear on top of scale and shift: the larger of the two, share of the side."""
+    parts = [_shear(_soft(first[i : i + BATCH]), _soft(second[i : i + BATCH])) for i in range(0, len(first), BATCH)]
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def plausible(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pairs are alike enough at 12 x 12 px to be worth registering."""
+    a, b = _coarse(first), _coarse(second)
+    top, bottom = (a * b).sum(axis=(1, 2, 3)), np.maximum((b * b).sum(axis=(1, 2, 3)), 1)
+    difference = np.sqrt(((a - np.clip(top / bottom, 0.8, 1.25)[:, None, None, None] * b) ** 2).mean(axis=(1, 2, 3)))
+    slopes = sum((np.gradient(a, axis=axis) ** 2).mean(axis=(1, 2, 3)) for axis in (1, 2))
+    near: NDArray[np.bool_] = difference < np.minimum(
+        MAX_COARSE, MAX_COARSE_RELATIVE * np.maximum(np.sqrt(slopes), 0.5)
+    )
+    return near
+
+
+def _coarse(thumbnails: NDArray[np.uint8]) -> Floats:
+    step = SIDE // COARSE
+    blocks = thumbnails.reshape(len(thumbnails), COARSE, step, COARSE, step, 3)
+    return np.asarray(blocks.mean(axis=(2, 4), dtype=np.float32))
 
 
 def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats, Floats]:
@@ -63,12 +91,47 @@ def _register(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         if step < STEPS:
             slopes = _slopes(warped * gain)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN].reshape(pairs, 4, -1)
             normal = slopes @ slopes.transpose(0, 2, 1)
-            normal += np.eye(4, dtype=np.float32) * (1 + 1e-3 * normal.diagonal(axis1=1, axis2=2)[:, None])
+            normal += np.eye(4, dtype=np.float32) * (1 + 1e-4 * normal.diagonal(axis1=1, axis2=2)[:, None])
             change = np.linalg.solve(normal, slopes @ inner.reshape(pairs, -1, 1))[..., 0]
             move = np.clip(move + change, -MAX_MOVE, MAX_MOVE)
     slope_x, slope_y = np.gradient(a, axis=2), np.gradient(a, axis=1)
     slope = np.sqrt((slope_x**2 + slope_y**2).mean(axis=(1, 2, 3)))
-    return best, best / np.maximum(slope, 0.5), tint, np.abs(best_move).max(axis=1)
+    return best, best / np.maximum(slope, 0.3), tint, best_move
+
+
+def _shear(a: Floats, b: Floats) -> Floats:
+    """The same fit with six parameters, gathered pixel by pixel because a sheared grid is no product of two axes."""
+    pairs = len(a)
+    move = np.zeros((pairs, 6), np.float32)  # as above, then y into x and x into y
+    best, best_move = np.full(pairs, np.inf, np.float32), move
+    for step in range(STEPS + 1):
+        warped = _sheared(b, move)
+        gain, difference = _difference(a, warped)
+        inner = difference[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        rms = np.sqrt((inner**2).mean(axis=(1, 2, 3)))
+        best_move = np.where((rms < best)[:, None], move, best_move)
+        best = np.minimum(best, rms)
+        if step < STEPS:
+            slopes = _slopes(warped * gain, sheared=True)[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN].reshape(pairs, 6, -1)
+            normal = slopes @ slopes.transpose(0, 2, 1)
+            normal += np.eye(6, dtype=np.float32) * (1 + 1e-4 * normal.diagonal(axis1=1, axis2=2)[:, None])
+            change = np.linalg.solve(normal, slopes @ inner.reshape(pairs, -1, 1))[..., 0]
+            move = np.clip(move + change, -MAX_MOVE, MAX_MOVE)
+    tilt: Floats = np.abs(best_move[:, 4:]).max(axis=1)
+    return tilt
+
+
+def _sheared(b: Floats, move: Floats) -> Floats:
+    scale_x, scale_y, shift_x, shift_y, into_x, into_y = (move[:, k, None, None] for k in range(6))
+    across, down = _GRID[None, None, :], _GRID[None, :, None]
+    x, y = (1 + scale_x) * across + into_x * down + shift_x, (1 + scale_y) * down + into_y * across + shift_y
+    x, y = (np.clip((v + 0.5) * SIDE - 0.5, 0, SIDE - 1.001) for v in (x, y))
+    left, top = x.astype(np.int32), y.astype(np.int32)
+    right_share, bottom_share = (x - left)[..., None], (y - top)[..., None]
+    pair = np.arange(len(b))[:, None, None]
+    upper = b[pair, top, left] * (1 - right_share) + b[pair, top, left + 1] * right_share
+    lower = b[pair, top + 1, left] * (1 - right_share) + b[pair, top + 1, left + 1] * right_share
+    return np.asarray(upper * (1 - bottom_share) + lower * bottom_share, np.float32)
 
 
 def _difference(a: Floats, warped: Floats) -> tuple[Floats, Floats]:
@@ -100,10 +163,12 @@ def _resampling(scale: Floats, shift: Floats) -> Floats:
     return matrices
 
 
-def _slopes(picture: Floats) -> Floats:
-    """Change of the picture per unit of each move, [P, 4, K, K, 3]."""
+def _slopes(picture: Floats, sheared: bool = False) -> Floats:
+    """Change of the picture per unit of each move, [P, 4 or 6, K, K, 3]."""
     across, down = np.gradient(picture, axis=2) * SIDE, np.gradient(picture, axis=1) * SIDE
-    return np.stack([across * _GRID[None, None, :, None], down * _GRID[None, :, None, None], across, down], axis=1)
+    x, y = _GRID[None, None, :, None], _GRID[None, :, None, None]
+    more = [across * y, down * x] if sheared else []
+    return np.stack([across * x, down * y, across, down, *more], axis=1)
 
 
 _OFFSETS = np.arange(SIDE)[:, None] - np.arange(SIDE)

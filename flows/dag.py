@@ -33,12 +33,20 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
 def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
+    last, more = "quality", list[StageSpec]()
+    if data.redecide is not None:
+        more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
+        last = "redecide"
+    if data.safety is not None:
+        more.append(spec_of("safety", "filter_safety", data.safety, rows=last, images="download"))
+        last = "safety"
     return [
         spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),
         spec_of("dedup", "deduplicate", data.dedup, rows="download", **known),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
-        spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source"),
+        *more,
+        spec_of("buckets", "assign_buckets", data.buckets, rows=last, truth="source", signatures="dedup"),
         spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),
     ]
 

@@ -82,8 +82,9 @@ def test_three_nights_one_refused_one_rolled_back(place):
     quiet = nightly.nightly_flow(config=config(), max_loss=1.0)
     assert quiet["outcome"] == "ok"
     assert {stage["name"] for stage in quiet["stages"]}.isdisjoint({"nightly", "promoted"})
-    dropped = store.find("dedup", key_of(quiet, "dedup")).facts["dropped"]
-    assert dropped == {"known_before": 3}  # an old picture under a new name is known
+    facts = store.find("dedup", key_of(quiet, "dedup")).facts
+    assert facts["dropped"] == {"near_duplicate": 3}  # an old picture under a new name is known
+    assert facts["known_dropped"] == 3
     assert champions(store) == before
 
     again = json.loads(t2i("champion", "nights", "--rollback", "--root", base / "root", "--json"))

@@ -95,7 +95,9 @@ def graph(store: Store, tmp_path: Path) -> Graph:
 def test_a_later_night_s_copy_leads_to_the_picture_kept_before(store: Store, graph: Graph, tmp_path: Path):
     """The next night drops a known picture, and remembers all rows: both must not hide what was trained on."""
     seen = next(a for a in store.list() if a.stage == "dedup")
-    again = row(9, decision="drop", reasons=["known_before"], keeper_id="r0", dup_distance=0)
+    again = row(
+        9, decision="drop", reasons=["exact_duplicate"], keeper_id="r0", keeper_origin=seen.digest, dup_distance=0
+    )
 
     def make(stage: str, function: str, inputs: Mapping[str, Artifact], rows: list) -> Artifact:
         folder = tmp_path / f"night-{stage}"

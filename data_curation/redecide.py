@@ -1,0 +1,107 @@
+"""Decide again from stored scores: other thresholds, nothing measured, batch by batch, so that memory is bounded.
+
+Rows that only these thresholds dropped are decided anew; what other stages dropped stays dropped. A row that comes back
+may lack the caption score, which is only measured on rows whose picture was good enough: those are kept and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_curation.config import QualityThresholds, RedecideConfig
+from data_curation.manifest import DROP, ERROR, KEEP, MANIFEST
+from infra.errors import DataRefused
+
+if TYPE_CHECKING:
+    from infra.stages import StageContext
+
+BATCH = 65_536
+REASONS = ("too_small", "odd_aspect", "blurred", "over_compressed", "no_content", "caption_mismatch")
+NEEDED = ("width", "height", "blur", "jpeg_quality", "contrast", "caption_gap", "decision", "reasons")
+
+
+def redecide(config: RedecideConfig, ctx: StageContext) -> dict[str, Any]:
+    """The manifest of the quality stage with other thresholds."""
+    return redecide_file(ctx.inputs["rows"] / MANIFEST, ctx.out / MANIFEST, config)
+
+
+def redecide_file(source: Path, target: Path, config: QualityThresholds) -> dict[str, Any]:
+    """Stream a manifest into another with every row decided by `config`; returns the funnel and how many rows changed."""
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    first: dict[str, Counter[str]] = {DROP: Counter(), ERROR: Counter()}
+    changed = unscored = 0
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        if missing := sorted(set(NEEDED) - set(file.schema_arrow.names)):
+            raise DataRefused(f"{source} has no columns {missing}; give the manifest of the quality stage")
+        with pq.ParquetWriter(target, file.schema_arrow, compression="zstd", write_page_checksum=True) as writer:
+            for batch in file.iter_batches(BATCH):
+                decided = decide(batch, config)
+                writer.write_batch(decided)
+                before.update(batch["decision"].to_pylist())
+                after.update(decided["decision"].to_pylist())
+                for kind, counts in first.items():
+                    lists = decided["reasons"].filter(pc.equal(decided["decision"], kind))
+                    counts.update(pc.list_element(lists, 0).to_pylist())
+                other = pc.not_equal(batch["decision"], decided["decision"])
+                changed += pc.sum(other).as_py() or 0
+                lacks = pc.and_(other, pc.and_(pc.equal(decided["decision"], KEEP), pc.is_null(batch["caption_gap"])))
+                unscored += pc.sum(lacks).as_py() or 0
+    received = sum(before.values())
+    assert after[KEEP] + sum(first[DROP].values()) + after[ERROR] == received
+    return {
+        "received": received, "kept": after[KEEP], "errored": after[ERROR], "dropped": dict(sorted(first[DROP].items())),
+        "errors": dict(sorted(first[ERROR].items())), "changed": changed, "back_without_caption_score": unscored,
+    }  # fmt: skip
+
+
+def decide(batch: pa.RecordBatch, config: QualityThresholds) -> pa.RecordBatch:
+    """A batch with `decision` and `reasons` by these thresholds."""
+    old = batch["reasons"].fill_null(pa.scalar([], batch["reasons"].type))
+    ours = _only_ours(old) & pc.is_valid(batch["blur"]).to_numpy(zero_copy_only=False)
+    ours &= pc.not_equal(batch["decision"], ERROR).to_numpy(zero_copy_only=False)
+    failed = _failed(batch, config)
+    counts = failed.sum(axis=1)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    names = pa.array(REASONS).take(pa.array(np.nonzero(failed)[1]))
+    new = pa.ListArray.from_arrays(pa.array(offsets), names).cast(old.type)
+    places = np.arange(len(ours))
+    reasons = pa.concat_arrays([old, new]).take(pa.array(np.where(ours, places + len(ours), places)))
+    verdict = pc.if_else(pa.array(counts > 0), DROP, KEEP)
+    decision = pc.if_else(pa.array(ours), verdict, batch["decision"])
+    columns = {"reasons": reasons, "decision": decision}
+    return pa.RecordBatch.from_arrays(
+        [columns.get(name, batch[name]) for name in batch.schema.names], schema=batch.schema
+    )
+
+
+def _only_ours(reasons: pa.ListArray) -> NDArray[np.bool_]:
+    """Rows that have no reason but ours."""
+    strange = pc.invert(pc.is_in(reasons.flatten(), value_set=pa.array(REASONS))).to_numpy(zero_copy_only=False)
+    before = np.concatenate([[0], np.cumsum(strange)])
+    ends = np.concatenate([[0], np.cumsum(pc.list_value_length(reasons).to_numpy(zero_copy_only=False))])
+    none: NDArray[np.bool_] = before[ends[1:]] == before[ends[:-1]]
+    return none
+
+
+def _failed(batch: pa.RecordBatch, config: QualityThresholds) -> NDArray[np.bool_]:
+    """Which rule each row fails, [rows, rules]; a score that is not there fails none."""
+
+    def column(name: str) -> NDArray[np.float64]:
+        return np.asarray(batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False))
+
+    width, height = column("width"), column("height")
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    return np.stack([
+        short < config.min_side, long > config.max_aspect * short, column("blur") > config.max_blur,
+        column("jpeg_quality") < config.min_jpeg_quality, column("contrast") < config.min_contrast,
+        column("caption_gap") > config.max_caption_gap,
+    ], axis=1)  # fmt: skip
