@@ -24,11 +24,18 @@ class Config(BaseModel):
 
 
 def versioned(config: BaseModel) -> dict[str, Any]:
-    """The JSON-able part of `config` that changes results: every field not marked `versioned=False`, at any depth."""
+    """The JSON-able part of `config` that changes results, at any depth: every field not marked `versioned=False`.
+
+    A field marked `versioned="if set"` counts only where it differs from its default, so that a field added later leaves
+    the keys of what was made before it alone.
+    """
     result: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("versioned") is False:
+        mark = extra.get("versioned") if isinstance(extra, dict) else None
+        if mark is False or (
+            mark == "if set" and getattr(config, name) == field.get_default(call_default_factory=True)
+        ):
             continue
         result[name] = _plain(getattr(config, name))
     return result

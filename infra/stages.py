@@ -15,6 +15,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 UNVERSIONED: dict[str, Any] = {"versioned": False}
+IF_SET: dict[str, Any] = {"versioned": "if set"}  # for fields added to a stage whose results are out there
 
 
 class Resources(Config):

@@ -18,7 +18,7 @@ from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.personalization.lora import save_adapter
 from models.pretraining.config import SelectConfig, TimestepConfig
 from tasks.teacher_pairs import pair_batches
@@ -43,7 +43,7 @@ def distill(config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
     facts = run_training(plan.objective, batches, config.train, ctx, model_of, card, fixed_prompts(data))
     if world()[0] == 0:
         for steps, other in plan.others_of(kept[0]).items():
-            prx.save(other, ctx.out / f"transformer-{steps}")
+            other.save(ctx.out / f"transformer-{steps}")
         facts |= write_extras(config, ctx, nets, kept[0], plan.model_of, batches)
     return facts | {"method": config.method.kind, "trained_steps": list(plan.trained_steps)}
 
@@ -52,7 +52,7 @@ def networks(config: DistillConfig, ctx: StageContext, data: TrainingData) -> Ne
     """Every network the method may need, from the teacher's folder or an earlier student's."""
     folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
     teacher = prx.load(folder, data.text_mean, data.text_std)
-    schedule = Schedule(TimestepConfig(shift=card.shift, base_tokens=card.base_tokens), teacher.transformer.patch_size)
+    schedule = Schedule(TimestepConfig(shift=card.shift, base_tokens=card.base_tokens), teacher.patch_size)
     student = prx.load(start_folder(config, ctx), data.text_mean, data.text_std)
     fake = prx.load(folder, data.text_mean, data.text_std)
     return Networks(student, teacher, fake, data.null(), schedule)

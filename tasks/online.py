@@ -23,7 +23,7 @@ from models.engine.randomness import Randomness, shuffled
 from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo

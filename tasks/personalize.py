@@ -15,7 +15,7 @@ from models.engine.loop import Trainer
 from models.engine.randomness import derive_seed
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches

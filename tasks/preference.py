@@ -23,7 +23,7 @@ from models.engine.randomness import derive_seed, shuffled
 from models.evaluation.judge import Judge
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import DpoConfig, GuardConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
 from models.posttraining.guards import Guard

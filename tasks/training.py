@@ -19,7 +19,7 @@ from models.engine.objective import Batch, Objective
 from models.engine.weights import with_weights
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.pretraining.config import FlowMatchingConfig
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Projector, Repa
@@ -85,7 +85,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
     repa = None
     if config.repa is not None:
-        width, teacher_dim = denoiser.transformer.hidden_size, data.teacher_dim(config.select)
+        width, teacher_dim = denoiser.width, data.teacher_dim(config.select)
         projector = Projector(width, config.repa.hidden, teacher_dim, train_config.seed)
         repa = Repa(config.repa, projector, train_config.steps)
     objective = FlowMatching(denoiser, config.timesteps, repa)

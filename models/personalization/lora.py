@@ -14,12 +14,11 @@ from pathlib import Path
 
 import peft
 import torch
-from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from torch import Tensor, nn
 
-from models.networks.prx import Denoiser
+from models.networks.config import LoraConfig
+from models.networks.denoiser import Denoiser
 from models.personalization import lora_files, lora_import
-from models.personalization.config import LoraConfig
 from models.personalization.lora_files import Adapter
 
 
@@ -111,6 +110,6 @@ def with_changes(denoiser: Denoiser, changes: Mapping[str, Tensor]) -> Denoiser:
     net = denoiser.transformer
     weights = lora_files.stock_weights(net)
     weights |= {f"{layer}.weight": weights[f"{layer}.weight"] + change for layer, change in changes.items()}
-    merged = PRXTransformer2DModel.from_config(net.config)
+    merged = type(net).from_config(net.config)
     merged.load_state_dict(weights)
-    return Denoiser(merged, denoiser.text_mean, denoiser.text_std)
+    return denoiser.around(merged)

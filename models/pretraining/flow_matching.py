@@ -1,7 +1,8 @@
 """Flow matching (Lipman et al. 2022, arXiv:2210.02747) on straight paths: x_t = (1-t) x_0 + t eps, v = eps - x_0.
 
 The network predicts x_0 (JiT, arXiv:2511.13720); the loss is on the velocity: the x_0 error divided by max(t, 0.05),
-the very clamp the exported pipeline uses. Continuous t, no 1000-entry table; density and shift are separate options.
+the very clamp the exported pipeline uses. A network that predicts v is asked for its x_0 and has
+no clamp to speak of, so its loss is ||v_hat - v||^2. Continuous t, no 1000-entry table; density and shift are separate options.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP, Denoiser
+from models.networks.denoiser import T_CLAMP, Denoiser
 from models.pretraining.config import TimestepConfig
 from models.pretraining.repa import Repa
 from models.pretraining.timesteps import draw_times
@@ -43,7 +44,7 @@ class FlowMatching:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Draw t and eps and mix x_t."""
         _, _, height, width = batch.images.shape
-        tokens = (height * width) // self.denoiser.transformer.config.patch_size**2
+        tokens = (height * width) // self.denoiser.patch_size**2
         t = draw_times(rng, tokens, self.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         return replace(batch, extra={**batch.extra, "t": t, "eps": eps, "x_t": noised(batch.images, eps, t)})
@@ -56,7 +57,7 @@ class FlowMatching:
             align = None
         layer = None if align is None else align.config.layer
         x_0, hidden = self.denoiser(x_t, t, batch.tokens, batch.mask, layer)
-        error = velocity_error(x_0, batch.images, t)
+        error = velocity_error(x_0, batch.images, t, self.denoiser.t_clamp)
         parts = {"flow": error.detach().mean()}
         total = error
         if align is not None and hidden is not None and batch.teacher is not None:
@@ -77,6 +78,8 @@ def noised(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tenso
     return (1 - t) * x_0 + t * eps
 
 
-def velocity_error(predicted: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Per-sample mean squared velocity error [B]: ||(x_0_hat - x_0) / max(t, 0.05)||^2."""
-    return ((predicted - x_0) / t.clamp_min(T_CLAMP).view(-1, 1, 1, 1)).square().mean((1, 2, 3))
+def velocity_error(
+    predicted: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor, clamp: float = T_CLAMP
+) -> torch.Tensor:  # fmt: skip
+    """Per-sample mean squared velocity error [B]: ||(x_0_hat - x_0) / max(t, clamp)||^2, the network's `t_clamp`."""
+    return ((predicted - x_0) / t.clamp_min(clamp).view(-1, 1, 1, 1)).square().mean((1, 2, 3))

@@ -4,9 +4,8 @@ from pathlib import Path
 import torch
 
 from models.networks import prx
-from models.networks.config import PrxConfig
+from models.networks.config import LoraConfig, PrxConfig
 from models.personalization import lora_files, lora_import
-from models.personalization.config import LoraConfig
 from models.personalization.lora import add_lora, merge, save_adapter
 from tasks.export import export_adapter
 
