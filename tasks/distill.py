@@ -20,7 +20,7 @@ from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
 from models.personalization.lora import save_adapter
-from models.pretraining.config import SelectConfig, TimestepConfig
+from models.pretraining.config import SelectConfig
 from tasks.teacher_pairs import pair_batches
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData
@@ -52,7 +52,7 @@ def networks(config: DistillConfig, ctx: StageContext, data: TrainingData) -> Ne
     """Every network the method may need, from the teacher's folder or an earlier student's."""
     folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
     teacher = prx.load(folder, data.text_mean, data.text_std)
-    schedule = Schedule(TimestepConfig(shift=card.shift, base_tokens=card.base_tokens), teacher.patch_size)
+    schedule = Schedule(card.shift_rule, teacher.patch_size)
     student = prx.load(start_folder(config, ctx), data.text_mean, data.text_std)
     fake = prx.load(folder, data.text_mean, data.text_std)
     return Networks(student, teacher, fake, data.null(), schedule)

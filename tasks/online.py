@@ -32,7 +32,6 @@ from models.posttraining.refl import Refl
 from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted
 from models.posttraining.reward_model import RewardModel
 from models.posttraining.rollout import Sampling
-from models.pretraining.config import TimestepConfig
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots
 
@@ -160,9 +159,8 @@ def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser) -> S
     """As the card says; the empty prompt without its padding."""
     tokens, mask = data.null()
     used = int(mask.sum())
-    timesteps = TimestepConfig(shift=card.shift, base_tokens=card.base_tokens)
     patch = denoiser.transformer.config.patch_size
-    return Sampling((tokens[:, :used], mask[:, :used]), card.guidance, timesteps, patch)
+    return Sampling((tokens[:, :used], mask[:, :used]), card.guidance, card.shift_rule, patch)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from models.engine.weights import with_weights
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.denoiser import Denoiser
-from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.config import FlowMatchingConfig, ShiftConfig
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Projector, Repa
 from models.sampling.generate import Generator
@@ -92,8 +92,8 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     batches = data.batches(config.select, train_config.batch_size, train_config.seed, repa is not None)
     card = SamplingCard(
         steps=config.sampling.steps, guidance=config.sampling.guidance, side=config.sampling.side,
-        prompt_max_tokens=config.network.prompt_max_tokens, shift=config.timesteps.shift,
-        base_tokens=config.timesteps.base_tokens,
+        prompt_max_tokens=config.network.prompt_max_tokens,
+        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
     )  # fmt: skip
 
     def model_of(trainer: Trainer) -> Denoiser:

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from models.pretraining.config import TimestepConfig
-from models.pretraining.timesteps import apply_shift, shift_of
+from models.pretraining.config import ShiftConfig
+from models.pretraining.densities import shift_of
+from models.pretraining.timesteps import apply_shift
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The rule that shifts a grid by the number of patches of a picture; the default does not shift."""
 
-    rule: TimestepConfig = field(default_factory=lambda: TimestepConfig(shift="none"))
+    rule: ShiftConfig = field(default_factory=lambda: ShiftConfig(shift="none"))
     patch_size: int = 4
 
     def shift(self, images: torch.Tensor) -> float:

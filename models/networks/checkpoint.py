@@ -11,6 +11,7 @@ from infra.config import Config
 from models.networks.config import FamilyName
 from models.networks.denoiser import Denoiser, Prediction
 from models.networks.diffusers_folder import FROZEN, take
+from models.pretraining.config import ShiftConfig, ShiftRule
 
 
 class SamplingCard(Config):
@@ -22,7 +23,7 @@ class SamplingCard(Config):
     guidance: float = Field(default=2.0, ge=1, description="Guidance scale (standard form; 1 = none)")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
     prompt_max_tokens: int = Field(default=64, ge=8, description="Prompt length the pipeline pads to")
-    shift: Literal["none", "sqrt_tokens"] = Field(default="sqrt_tokens", description="Rule of the time shift")
+    shift: ShiftRule = Field(default="sqrt_tokens", description="Rule of the time shift")
     base_tokens: int = Field(default=64, ge=1, description="Token count at which the shift is 1")
     distilled: bool = Field(default=False, description="True for students: steps and guidance are fixed by training")
     sampler: Literal["euler", "renoise"] = Field(default="euler", description="ODE steps, or x_0 and fresh noise")
@@ -37,6 +38,15 @@ class SamplingCard(Config):
     origin: dict[str, Any] | None = Field(
         default=None, description="Foreign pipeline at the root: source, revision, class", exclude_if=lambda o: o is None
     )
+    static_shift: float = Field(default=3.0, gt=0, description="As in ShiftConfig", exclude_if=lambda k: k == 3.0)
+    max_tokens: int = Field(default=4096, ge=2, description="As in ShiftConfig", exclude_if=lambda n: n == 4096)
+    base_mu: float = Field(default=0.5, description="As in ShiftConfig", exclude_if=lambda mu: mu == 0.5)
+    max_mu: float = Field(default=1.15, description="As in ShiftConfig", exclude_if=lambda mu: mu == 1.15)
+
+    @property
+    def shift_rule(self) -> ShiftConfig:
+        """How the sampling grid is shifted: the rule of training."""
+        return ShiftConfig(**{name: getattr(self, name) for name in ShiftConfig.model_fields})
 
 
 def transformer_folder(checkpoint: Path, card: SamplingCard, steps: int) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
+from models.pretraining.densities import shift_of
 from models.sampling.euler import grid
 
 USAGE = """---
@@ -28,21 +29,32 @@ Pictures are {side}x{side} px. {note}
 """
 
 
-def scheduler_settings(steps: int) -> dict[str, Any]:
-    """Arguments with which a stock flow-matching scheduler's grid at `steps` is 1, (N-1)/N, ..., 1/N."""
-    terminal = None if steps == 1 else 1.0 / steps
-    return {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": terminal}
+def scheduler_settings(steps: int, k: float = 1.0, table: int = 1000) -> dict[str, Any]:
+    """Arguments with which a stock flow-matching scheduler's grid at `steps` is 1, (N-1)/N, ..., 1/N shifted by k.
+
+    diffusers 0.42.1 shifts its table when it is made and the grid, which ends at the table's last entry, once more, then
+    stretches it to `shift_terminal`. Shift and stretch are both fractions of linear functions, so one `shift` near k
+    makes the stretched grid ours; it is found by fixed-point iteration.
+    """
+    if steps == 1:
+        return {"num_train_timesteps": table, "shift": 1.0, "shift_terminal": None}
+    shift, end = 1.0, 1.0 / steps
+    for _ in range(50 if k != 1.0 else 0):
+        last = shift / table / (1 + (shift - 1) / table)
+        shift = 1 / (1 - (1 - end) / (1 - last) * (k - 1) / k)
+    return {"num_train_timesteps": table, "shift": shift, "shift_terminal": k * end / (1 + (k - 1) * end)}
 
 
-def scheduler_of(card: SamplingCard, steps: int) -> Any:
-    """The stock scheduler that samples as the checkpoint was trained."""
+def scheduler_of(card: SamplingCard, steps: int, k: float = 1.0) -> Any:
+    """The stock scheduler that samples as the checkpoint was trained, its times shifted by k."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
+    settings = scheduler_settings(steps, k)
     match card.sampler:
         case "euler":
-            return FlowMatchEulerDiscreteScheduler(**scheduler_settings(steps))
+            return FlowMatchEulerDiscreteScheduler(**settings)
         case "renoise":
-            return FlowMatchLCMScheduler(**scheduler_settings(steps))
+            return FlowMatchLCMScheduler(**settings)
 
 
 def distill_record(card: SamplingCard, steps: int) -> dict[str, Any]:
@@ -61,9 +73,11 @@ def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) ->
     steps = card.steps if steps is None else steps
     check_steps(card, steps, card.guidance)
     encoder, tokenizer = text_encoder.load()
+    transformer = prx.load(transformer_folder(checkpoint, card, steps)).transformer
+    k = shift_of((card.side // transformer.config.patch_size) ** 2, card.shift_rule)  # other sizes need another folder
     pipeline = PRXPixelPipeline(
-        transformer=prx.load(transformer_folder(checkpoint, card, steps)).transformer,
-        scheduler=scheduler_of(card, steps),
+        transformer=transformer,
+        scheduler=scheduler_of(card, steps, k),
         text_encoder=encoder,
         tokenizer=tokenizer,
         default_sample_size=card.side,

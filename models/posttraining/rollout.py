@@ -11,7 +11,7 @@ import torch
 from models.engine.objective import Batch
 from models.networks.codec import Codec, Pixels
 from models.networks.denoiser import Denoiser
-from models.pretraining.config import TimestepConfig
+from models.pretraining.config import ShiftConfig
 from models.sampling.euler import guided_velocity, guided_x_0
 from models.sampling.times import times_of
 
@@ -24,7 +24,7 @@ class Sampling:
 
     null: Null
     guidance: float
-    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    timesteps: ShiftConfig = field(default_factory=ShiftConfig)
     patch_size: int = 4
     codec: Codec = field(default_factory=Pixels)
     scheduler: dict[str, Any] | None = None

@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from infra.config import Config
+from infra.stages import IF_SET
 from models.engine.config import TrainConfig
 from models.networks.config import PrxConfig
 
+MODE_LIMIT = 2 / (math.pi - 2)  # beyond it the mode density's inverse is not monotone (SD3, appendix B.4)
+Density = Literal["uniform", "logit_normal", "mode", "cosmap", "beta"]
+ShiftRule = Literal["none", "sqrt_tokens", "static", "exponential"]
 
-class TimestepConfig(Config):
-    """Density of the training time t (0 = data, 1 = noise), before the shift."""
 
-    density: Literal["uniform", "logit_normal"] = Field(default="logit_normal", description="Density of t")
+class ShiftConfig(Config):
+    """How the times are shifted by a picture's token count: the same rule in training, sampling and export."""
+
+    shift: ShiftRule = Field(
+        default="sqrt_tokens",
+        description="static: k = static_shift; sqrt_tokens: k = sqrt(tokens / base_tokens) per sample (SD3); "
+        "exponential: k = exp(mu), mu linear in the tokens (Flux)",
+    )
+    base_tokens: int = Field(default=64, ge=1, description="Token count at which k = 1 (exponential: mu = base_mu)")
+    static_shift: float = Field(default=3.0, gt=0, description="static: k of every picture", json_schema_extra=IF_SET)
+    max_tokens: int = Field(
+        default=4096, ge=2, description="exponential: token count at which mu = max_mu", json_schema_extra=IF_SET
+    )
+    base_mu: float = Field(default=0.5, description="exponential: mu at base_tokens", json_schema_extra=IF_SET)
+    max_mu: float = Field(default=1.15, description="exponential: mu at max_tokens", json_schema_extra=IF_SET)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.shift == "exponential" and self.max_tokens <= self.base_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens} for shift=exponential; "
+                "Flux has 4096 and 256"
+            )
+        return self
+
+
+class TimestepConfig(ShiftConfig):
+    """Density of the training time t (0 = data, 1 = noise) before the shift, and the shift."""
+
+    density: Density = Field(default="logit_normal", description="Density of t")
     mean: float = Field(default=0.0, ge=-5, le=5, description="Mean of logit(t); above 0 means more noise")
     std: float = Field(default=1.0, gt=0, le=5, description="Standard deviation of logit(t)")
     stratified: bool = Field(default=True, description="Spread a batch's times evenly over the density")
-    shift: Literal["none", "sqrt_tokens"] = Field(
-        default="sqrt_tokens", description="sqrt_tokens: k = sqrt(tokens / base_tokens) per sample (SD3)"
-    )
-    base_tokens: int = Field(default=64, ge=1, description="Token count at which k = 1")
+    mode_scale: float = Field(
+        default=1.29, ge=-1, le=MODE_LIMIT, description="mode: above 0 favours the middle, below 0 the ends",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    beta: tuple[float, float] = Field(
+        default=(1.0, 1.0), description="beta: the two exponents; the first above the second means more noise",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    uniform_share: float = Field(
+        default=0.0, ge=0, le=1, description="Mixture: share of the times that is drawn uniformly instead",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _exponents(self) -> Self:
+        if min(self.beta) <= 0:
+            raise ValueError(f"beta={self.beta} must be two numbers above 0, such as (2, 1)")
+        return self
 
 
 class RepaConfig(Config):

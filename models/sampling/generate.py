@@ -15,7 +15,6 @@ from models.networks.codec import Pixels
 from models.networks.denoiser import Denoiser
 from models.networks.families import Surroundings
 from models.networks.text_features import PackagedText
-from models.pretraining.config import TimestepConfig
 from models.sampling.euler import integrate
 from models.sampling.few_step import renoise
 from models.sampling.times import times_of
@@ -84,11 +83,10 @@ class Generator:
         shape = (self.denoiser.channels, height // codec.factor, width // codec.factor)
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a picture")
-        rule = TimestepConfig(shift=card.shift, base_tokens=card.base_tokens)
         steps = card.steps if steps is None else steps
         strength = card.guidance if guidance is None else guidance
         check_steps(card, steps, strength)
-        times = times_of(card.scheduler, rule, steps, shape[1] * shape[2] // self.denoiser.patch_size**2)
+        times = times_of(card.scheduler, card.shift_rule, steps, shape[1] * shape[2] // self.denoiser.patch_size**2)
         denoiser = self.others.get(steps, self.denoiser)
         null = self.features([""])
         pictures = []

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.pretraining.config import TimestepConfig
-from models.pretraining.timesteps import shift_of
+from models.pretraining.config import ShiftConfig
+from models.pretraining.densities import shift_of
 from models.sampling.euler import grid
 
 
-def times_of(scheduler: dict[str, Any] | None, rule: TimestepConfig, steps: int, tokens: int) -> list[float]:
+def times_of(scheduler: dict[str, Any] | None, rule: ShiftConfig, steps: int, tokens: int) -> list[float]:
     """`steps` descending times and 0 for a picture of so many tokens; `scheduler` is the configuration of a stock one."""
     if scheduler is None:
         return grid(steps, shift_of(tokens, rule))

@@ -126,3 +126,14 @@ def test_parse_names_every_mistake_with_its_path_and_suggests() -> None:
 
 def test_parse_gives_the_model() -> None:
     assert parse(Whole, {"phases": [{"steps": 3}]}, "x").phases[0].steps == 3
+
+
+def test_a_field_added_later_changes_no_key_while_it_is_at_its_default() -> None:
+    class Before(Config):
+        steps: int = 3
+
+    class After(Before):
+        extra: float | None = Field(default=None, json_schema_extra={"versioned": "if set"})
+
+    assert digest_of(versioned(After())) == digest_of(versioned(Before()))
+    assert versioned(After(extra=0.5)) == {"steps": 3, "extra": 0.5}
