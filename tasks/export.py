@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.stages import StageContext
-from models.networks import prx
+from models.networks import families
+from models.networks.checkpoint import read_card
 from models.networks.export import export_pipeline
 from models.personalization import lora_import
 from models.personalization.lora import save_forms
@@ -45,5 +46,5 @@ def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
 
 def export_adapter(checkpoint: Path, target: Path, role: str) -> None:
     """The adapter in its three forms, named like the folder."""
-    adapter = lora_import.read(checkpoint / "adapter", prx.load(checkpoint / "transformer").transformer)
+    adapter = lora_import.read(checkpoint / "adapter", families.load(checkpoint / "transformer", read_card(checkpoint)).transformer)
     save_forms(adapter, target, role)

@@ -33,10 +33,14 @@ class SamplingCard(Config):
     teacher: str | None = Field(default=None, description="Digest of a student's teacher")
     trigger: str | None = Field(default=None, description="Rare token of a personalised checkpoint")
     scheduler: dict[str, Any] | None = Field(
-        default=None, description="A foreign pipeline's scheduler, whose grid is kept", exclude_if=lambda kept: kept is None
+        default=None,
+        description="A foreign pipeline's scheduler, whose grid is kept",
+        exclude_if=lambda kept: kept is None,
     )
     origin: dict[str, Any] | None = Field(
-        default=None, description="Foreign pipeline at the root: source, revision, class", exclude_if=lambda o: o is None
+        default=None,
+        description="Foreign pipeline at the root: source, revision, class",
+        exclude_if=lambda o: o is None,
     )
     static_shift: float = Field(default=3.0, gt=0, description="As in ShiftConfig", exclude_if=lambda k: k == 3.0)
     max_tokens: int = Field(default=4096, ge=2, description="As in ShiftConfig", exclude_if=lambda n: n == 4096)

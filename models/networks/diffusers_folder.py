@@ -48,7 +48,9 @@ def find(source: str) -> Found:
     if place.exists():
         return look(place, None)
     if not HUB_ID.match(source):
-        raise ConfigError(f"model {source!r} is no folder here and no hub id; give a diffusers folder or OWNER/NAME@REVISION")
+        raise ConfigError(
+            f"model {source!r} is no folder here and no hub id; give a diffusers folder or OWNER/NAME@REVISION"
+        )
     folder = _downloaded(source)
     return look(folder, folder.name)
 
@@ -87,7 +89,9 @@ def look(folder: Path, revision: str | None) -> Found:
         if part in index and index[part] != [None, None]:
             _check_component(folder / part, weights=not part.startswith("tokenizer"))
         elif part in index and part not in optional and not (part == "vae" and found.family == "prx-pixel"):
-            raise DataRefused(f"model {folder}: {name} has no {part}; only {', '.join(optional) or 'nothing'} may be missing")
+            raise DataRefused(
+                f"model {folder}: {name} has no {part}; only {', '.join(optional) or 'nothing'} may be missing"
+            )
     return found
 
 
@@ -109,7 +113,9 @@ def refuse_pickles(folder: Path) -> None:
             f"{folder} has its weights only as {pickled[0]}, a pickle, which can run code; "
             "save it again with safe_serialization=True"
         )
-    raise DataRefused(f"{folder} has no .safetensors weights, only {', '.join(names) or 'nothing'}; copy the whole folder")
+    raise DataRefused(
+        f"{folder} has no .safetensors weights, only {', '.join(names) or 'nothing'}; copy the whole folder"
+    )
 
 
 def class_of(folder: Path) -> str:
@@ -117,7 +123,9 @@ def class_of(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise DataRefused(f"{folder} has no readable config.json ({_first_line(error)}); copy the whole folder") from error
+        raise DataRefused(
+            f"{folder} has no readable config.json ({_first_line(error)}); copy the whole folder"
+        ) from error
     return str(config.get("_class_name") or (config.get("architectures") or ["unknown"])[0])
 
 

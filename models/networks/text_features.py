@@ -63,7 +63,9 @@ def prx_text_modules(folder: Path) -> tuple[Any, Any]:
     refuse_pickles(folder / "text_encoder")
     cls = getattr(transformers, class_of(folder / "text_encoder"))
     model = cls.from_pretrained(folder / "text_encoder", local_files_only=True, use_safetensors=True)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True
+    )
 
 
 class Sd3Text:

@@ -31,7 +31,9 @@ class UNetDenoiser(Denoiser):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """The velocity; neither a hidden layer nor a condition can be asked for."""
         if hidden_layer is not None or condition is not None:
-            raise ValueError("a UNet has no token grid to align and takes no second scalar; set repa to null, or use PRX or SD3")
+            raise ValueError(
+                "a UNet has no token grid to align and takes no second scalar; set repa to null, or use PRX or SD3"
+            )
         text = (tokens - self.text_mean) / self.text_std
         output: torch.Tensor = self.transformer(
             x_t, t * TIMES, encoder_hidden_states=text, encoder_attention_mask=mask, return_dict=False
