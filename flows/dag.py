@@ -11,6 +11,7 @@ from infra.stages import StageSpec
 from models.personalization.config import DreamBoothConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
+from tasks.config import FeaturesConfig, ModelConfig
 
 C = TypeVar("C", bound=Config)
 SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_folder"}
@@ -18,6 +19,8 @@ SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_
 
 def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
     """Curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
+    if config.model is not None:
+        return on_model(config, config.model)
     return [
         *curation(config.data),
         spec_of("judge", "train_judge", config.judge),
@@ -27,6 +30,32 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
         *distillation(config),
         *proof(config),
     ]
+
+
+def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
+    """A foreign model tuned on data of one's own: no stage here knows the demo's scenes, so none judges by them."""
+    specs = [
+        *curation(config.data),
+        spec_of("model", "import_model", model),
+        spec_of("features", "features", FeaturesConfig(), data="encode", model="model"),
+    ]
+    post, seed, last, data = config.posttrain, config.seed, "model", {"data": "features"}
+    for stage in (*config.pretrain, *(() if post.sft is None else (post.sft,))):
+        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, seed), init=last, **data))
+        last = stage.name
+    tuned, start = [last], {"init": last, **data}
+    if post.needs_pairs:
+        specs.append(spec_of(post.pairs.name, "make_pairs", seeded(post.pairs, seed), **start))
+    reward = {} if post.reward_model is None else {"reward": post.reward_model.name}
+    if post.reward_model is not None:
+        name = post.reward_model.name
+        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=post.pairs.name))
+    for branch in post.online:
+        specs.append(spec_of(branch.name, online_function(branch), seeded(branch, seed), **start, **reward))
+    if post.dpo is not None:
+        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=post.pairs.name, **start))
+    exports = {name: name for name in (*tuned, *post.branches)}
+    return [*specs, spec_of("export", "export", config.export, **exports)]
 
 
 def curation(data: DataConfig) -> list[StageSpec]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from data_curation import scenes as demo
+from data_curation.dataset import Batch as Rows
 from infra.arrays import save_arrays
 from infra.errors import DataRefused
 from infra.stages import StageContext
@@ -21,7 +22,7 @@ from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import derive_seed, shuffled
 from models.evaluation.judge import Judge
-from models.networks import prx, text_encoder
+from models.networks import families
 from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
 from models.posttraining.config import DpoConfig, GuardConfig, PairsConfig
@@ -30,7 +31,7 @@ from models.posttraining.guards import Guard
 from models.posttraining.reward import JudgeReward, judge_reward
 from models.sampling.generate import load_generator
 from tasks.online import Prompts, guard_of, published, sampling_of, written
-from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
 CHUNK = 64  # pictures drawn by one call
@@ -38,6 +39,8 @@ CHUNK = 64  # pictures drawn by one call
 
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     """Best and worst picture of each group under the reward; ties dropped."""
+    if config.source == "data":
+        return pairs_with_data(config, ctx)
     judge = Judge.load(ctx.inputs["judge"])
     published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
     rng = np.random.default_rng([config.seed, 77])
@@ -79,21 +82,51 @@ def _rollout(item: tuple[PairsConfig, Path, list[str], list[int]]) -> np.ndarray
         return load_generator(checkpoint).sample(prompts, seeds, steps=config.steps, guidance=config.guidance)
 
 
+def pairs_with_data(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
+    """A curated picture is preferred to the model's for its caption (SPIN-Diffusion, arXiv:2402.10210); needs no judge."""
+    data, card = TrainingData(ctx.inputs["data"]), read_card(ctx.inputs["init"])
+    selection = data.set.select((card.side,))
+    bucket = (card.side, card.side)
+    if bucket not in selection.buckets:
+        raise DataRefused(f"pairs: no {card.side}x{card.side} bucket in the training set; the model draws that size")
+    rows = selection.buckets[bucket]
+    chosen = rows[np.random.default_rng([config.seed, 77]).permutation(len(rows))[: config.prompts]]
+    found = data.set.gather(Rows(bucket, selection.positions[chosen], chosen))
+    prompts = [data.set.captions[i] for i in found.short]
+    seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(prompts))]
+    slices = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
+    parts = ctx.fan_out(_rollout, [(config, ctx.inputs["init"], prompts[part], seeds[part]) for part in slices])
+    save_arrays(ctx.out / "pairs.safetensors", {"winner": found.images, "loser": np.concatenate(parts)})
+    count = len(prompts)
+    table = pa.table(
+        {
+            "prompt": prompts, "scene": [""] * count, "seed_winner": [-1] * count, "seed_loser": seeds,
+            "reward_winner": [1.0] * count, "reward_loser": [0.0] * count, "source": ["data"] * count,
+            "strength": [1.0] * count,
+        }
+    )  # fmt: skip
+    pq.write_table(table, ctx.out / "pairs.parquet")
+    return {"prompts": count, "pairs": count, "ties": 0}
+
+
 def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     """Diffusion-DPO of `init` on `pairs`."""
     refuse_distilled(ctx.inputs["init"], config.name)
     data = TrainingData(ctx.inputs["data"])
-    folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
-    denoiser = prx.load(folder, data.text_mean, data.text_std)
-    reference = prx.load(folder, data.text_mean, data.text_std)
+    init, card = ctx.inputs["init"], read_card(ctx.inputs["init"])
+    denoiser, reference = (families.load(init / "transformer", card, data.text_mean, data.text_std) for _ in range(2))
+    adapt(denoiser, config.lora, config.train.seed, init)
     objective = DiffusionDpo(denoiser, reference, config)
 
-    def model_of(trainer: Trainer) -> Denoiser:
+    def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser)
 
+    model_of = Finished(trained, config.lora is not None, init)
     guard = None if config.guard is None else guard_of_pairs(config.guard, config.train.seed, ctx, data, denoiser)
     batches, prompts = pair_batches(config, ctx), fixed_prompts(data)
-    return run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard) | written(guard, ctx)
+    facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard, init)
+    model_of.write_adapter(ctx)
+    return facts | written(guard, ctx)
 
 
 def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: TrainingData, denoiser: Denoiser) -> Guard:
@@ -110,7 +143,9 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
     pictures = load_file(ctx.inputs["pairs"] / "pairs.safetensors")
     prompts = pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["prompt"].to_pylist()
     distinct = list(dict.fromkeys(prompts))
-    tokens, mask = text_encoder.encode(distinct, read_card(ctx.inputs["init"]).prompt_max_tokens)
+    around = families.surroundings(ctx.inputs["init"], read_card(ctx.inputs["init"]))
+    encoded = [around.encode(distinct[at : at + CHUNK]) for at in range(0, len(distinct), CHUNK)]
+    tokens, mask = (torch.cat(part) for part in zip(*encoded, strict=True))
     longest = int(mask.sum(1).max())
     tokens, mask = tokens[:, :longest], mask[:, :longest]
     caption = torch.tensor([distinct.index(p) for p in prompts])
@@ -121,8 +156,8 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
         rows = shuffled(seed, "pair order", count, [step * size + slot for slot in slots])
         ids = caption[rows]
         return Batch(
-            to_model(pictures["winner"][rows.numpy()]), tokens[ids], mask[ids], slots,
-            extra={"loser": to_model(pictures["loser"][rows.numpy()])},
+            around.codec.x_0(to_model(pictures["winner"][rows.numpy()])), tokens[ids], mask[ids], slots,
+            extra={"loser": around.codec.x_0(to_model(pictures["loser"][rows.numpy()]))},
         )  # fmt: skip
 
     return batch

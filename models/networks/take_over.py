@@ -9,6 +9,7 @@ from typing import Any
 
 from infra.errors import ConfigError
 from models.networks.checkpoint import SamplingCard
+from models.networks.codec import load_vae
 from models.networks.diffusers_folder import FROZEN, Found, find, take
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -22,12 +23,22 @@ def take_over(source: str, target: Path, settings: dict[str, Any]) -> tuple[Samp
         "source": source if found.revision else found.folder.name, "pipeline": found.pipeline, "revision": found.revision,
         "sha256": weights_hash(target / "transformer"),
     }  # fmt: skip
+    if settings.get("side") is None:
+        settings = settings | {"side": own_side(target)}
     prediction = "x_0" if found.family == "prx-pixel" else "velocity"
     scheduler = kept_scheduler(found)
     fields = settings | {"family": found.family, "prediction": prediction, "scheduler": scheduler, "origin": origin}
     card = SamplingCard(**{"shift": "static", "static_shift": float(scheduler.get("shift", 1.0))} | fields)
     (target / "sampling.json").write_text(card.model_dump_json(indent=2))
     return card, origin
+
+
+def own_side(checkpoint: Path) -> int:
+    """The side its own pipeline draws by default: the transformer's sample size in the VAE's units."""
+    told = json.loads((checkpoint / "transformer" / "config.json").read_text()).get("sample_size")
+    if told is None:
+        raise ConfigError(f"model {checkpoint}: its transformer names no sample_size; set model.side")
+    return int(told) * (load_vae(checkpoint / "vae").factor if (checkpoint / "vae").is_dir() else 1)
 
 
 def kept_scheduler(found: Found) -> dict[str, Any]:

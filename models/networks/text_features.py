@@ -93,12 +93,14 @@ class Sd3Text:
 def sd3_pipeline(folder: Path, transformer: Any, vae: Any, scheduler: Any) -> Any:
     """The stock pipeline around the text encoders and tokenizers of a folder, safetensors only."""
     from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
     from transformers.utils import logging
 
     from models.networks.diffusers_folder import refuse_pickles
 
     logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # cut prompts and a missing T5 are not worth a line a batch
     classes = {
         "text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,

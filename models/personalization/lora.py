@@ -80,6 +80,17 @@ def since(adapter: Adapter, start: Adapter) -> Adapter:
     return Adapter(layers, adapter.about)
 
 
+def stacked(before: Adapter, after: Adapter) -> Adapter:
+    """Two adapters trained one after the other as one for the first one's base; ranks add up."""
+    if before.magnitudes or after.magnitudes:
+        raise ValueError("DoRA measures the rows of its own base; only plain adapters can be stacked")
+    layers = dict(before.layers)
+    for name, (a, b) in after.layers.items():
+        held = layers.get(name)
+        layers[name] = (a, b) if held is None else (torch.cat([held[0], a]), torch.cat([held[1], b], 1))
+    return Adapter(layers, before.about)
+
+
 def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str], start: Adapter | None = None) -> None:
     """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`, `start` is PiSSA's adapter."""
     adapter = lora_files.from_module(denoiser.transformer, metadata)

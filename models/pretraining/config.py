@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from infra.config import Config
 from infra.stages import IF_SET
 from models.engine.config import TrainConfig
-from models.networks.config import PrxConfig
+from models.networks.config import LoraConfig, NetworkConfig, PrxConfig
 
 MODE_LIMIT = 2 / (math.pi - 2)  # beyond it the mode density's inverse is not monotone (SD3, appendix B.4)
 Density = Literal["uniform", "logit_normal", "mode", "cosmap", "beta"]
@@ -114,12 +114,15 @@ class FlowMatchingConfig(Config):
     """One flow-matching stage."""
 
     name: str = Field(default="pretrain-32", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
-    network: PrxConfig = PrxConfig()
+    network: NetworkConfig = PrxConfig()
     train: TrainConfig = TrainConfig()
     timesteps: TimestepConfig = TimestepConfig()
     repa: RepaConfig | None = RepaConfig()
     select: SelectConfig = SelectConfig()
     sampling: SamplingConfig = SamplingConfig()
+    lora: LoraConfig | None = Field(
+        default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
+    )
 
     @model_validator(mode="after")
     def _layer_exists(self) -> FlowMatchingConfig:
