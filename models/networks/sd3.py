@@ -99,12 +99,13 @@ def unpacked(tokens: torch.Tensor, pooled_dim: int) -> tuple[torch.Tensor, torch
     return tokens[:, rows:], tokens[:, :rows].reshape(b, rows * dim)[:, :pooled_dim]
 
 
-def build(config: Sd3Config, channels: int, text_dim: int, pooled_dim: int, seed: int) -> Sd3Denoiser:
-    """A fresh transformer for these latents and text encoders; modulations and output start at zero, as in DiT."""
+def build(config: Sd3Config, channels: int, text_dim: int, pooled_dim: int, sample_size: int, seed: int) -> Sd3Denoiser:
+    """A fresh transformer for latents of this side and these text encoders; modulations and output start at zero (DiT)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SD3Transformer2DModel(
-            sample_size=config.largest_side // config.patch_size, pos_embed_max_size=config.largest_side // config.patch_size,
+            sample_size=sample_size,
+            pos_embed_max_size=config.largest,
             patch_size=config.patch_size, in_channels=channels, out_channels=channels, num_layers=config.depth,
             attention_head_dim=config.hidden_size // config.num_heads, num_attention_heads=config.num_heads,
             joint_attention_dim=text_dim, caption_projection_dim=config.hidden_size, pooled_projection_dim=pooled_dim,
