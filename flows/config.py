@@ -12,7 +12,7 @@ from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
 from models.personalization.config import DreamBoothConfig, MixConfig
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
-from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
 from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ModelConfig, ReportConfig
 
 
@@ -79,6 +79,9 @@ class LifecycleConfig(Config):
     model: ModelConfig | None = Field(
         default=None, description="Foreign diffusers pipeline to start from, a folder or hub id; null: from scratch"
     )
+    autoencoder: AutoencoderConfig | None = Field(
+        default=None, description="A VAE of one's own, in whose latents the model is trained; null: pixels"
+    )
     pretrain: tuple[FlowMatchingConfig, ...] = Field(
         default=(FlowMatchingConfig(),),
         description="Pre-training and continued training, each from the last",
@@ -120,6 +123,9 @@ class LifecycleConfig(Config):
     def _starts_somewhere(self) -> LifecycleConfig:
         if self.model is None and not self.pretrain:
             raise ValueError("pretrain is empty and there is no model to start from; give one of them")
+        if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
+            raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
+                             "personalize, mix and distill to []")  # fmt: skip
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "

@@ -71,11 +71,21 @@ def curation(data: DataConfig) -> list[StageSpec]:
     ]
 
 
+def training_set(config: LifecycleConfig) -> str:
+    """Stage whose training set the model reads: pictures, or latents."""
+    return "encode" if config.autoencoder is None else "features"
+
+
 def pretraining(config: LifecycleConfig) -> list[StageSpec]:
     """Each stage goes on from the one before."""
     specs, init = [], dict[str, str]()
+    vae = config.autoencoder
+    if vae is not None:
+        specs.append(spec_of(vae.name, "autoencoder", seeded(vae, config.seed), data="encode"))
+        specs.append(spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name))
+        init = {"frozen": vae.name}
     for stage in config.pretrain:
-        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data="encode", **init))
+        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init))
         init = {"init": stage.name}
     return specs
 
@@ -85,9 +95,11 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
     specs = []
     if post.sft is not None:
-        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
+        specs.append(
+            spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data=training_set(config), init=last)
+        )
         last = post.sft.name
-    start, pairs = {"init": last, "data": "encode"}, post.pairs.name
+    start, pairs = {"init": last, "data": training_set(config)}, post.pairs.name
     if post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:

@@ -43,6 +43,7 @@ TRAITS: dict[str, Traits] = {
     "filter_quality": Traits("manifest", "data_curation.config:QualityConfig", "data_curation.quality:filter_quality"),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets"),
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode"),
+    "autoencoder": Traits("autoencoder", "models.pretraining.config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
     "import_model": Traits("checkpoint", "tasks.config:ModelConfig", "tasks.model_features:import_model"),
     "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features"),
     "train_judge": Traits("judge", "tasks.config:JudgeConfig", "tasks.judge:train_judge"),

@@ -23,7 +23,6 @@ from models.engine.randomness import Randomness, shuffled
 from models.evaluation.judge import Judge
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.codec import Pixels
 from models.networks.denoiser import Denoiser
 from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
@@ -93,10 +92,11 @@ class Prompts:
     reward_text: torch.Tensor | None = None  # [N, E] for a reward with a text encoder of its own
 
     @classmethod
-    def of(cls, scenes: Sequence[demo.Scene], trained: int, max_tokens: int) -> Prompts:
+    def of(cls, scenes: Sequence[demo.Scene], trained: int, around: Surroundings) -> Prompts:
         """Encode the scenes' short captions."""
         captions = [demo.short_caption(scene) for scene in scenes]
-        return cls(tuple(scenes), *features_of(captions, PackagedText(max_tokens)), trained)
+        tokens, mask = features_of(captions, around.encode)
+        return cls(tuple(scenes), tokens, mask, trained, around.codec.channels, around.codec.factor)
 
     @classmethod
     def of_captions(cls, captions: Sequence[str], around: Surroundings) -> Prompts:
@@ -165,7 +165,7 @@ class Start:
         around = families.surroundings(init, card)
         sampling = sampling_of(card, data, denoiser, around)
         judge = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None
-        prompts = prompts_of(config, data, card, around, own=judge is None)
+        prompts = prompts_of(config, data, around, own=judge is None)
         first = torch.arange(min(MEASURED_ON, prompts.trained))
         asked = prompts.batch(first, first.tolist(), config.prompts.side)
         pictures = drawn(denoiser, asked, sampling, card.steps, config.train.seed)
@@ -180,7 +180,7 @@ class Start:
 
 
 def prompts_of(
-    config: OnlineConfig, data: TrainingData, card: SamplingCard, around: Surroundings, own: bool
+    config: OnlineConfig, data: TrainingData, around: Surroundings, own: bool
 ) -> Prompts:
     """Published scenes, or captions of one's own data where no judge knows what they show."""
     if own:
@@ -191,18 +191,17 @@ def prompts_of(
         return Prompts.of_captions([captions[i] for i in order], around)
     watched = 0 if config.guard is None else config.guard.prompts
     scenes = published(config.prompts.count + watched, config.train.seed)
-    return Prompts.of(scenes, config.prompts.count, card.prompt_max_tokens)
+    return Prompts.of(scenes, config.prompts.count, around)
 
 
 def sampling_of(
-    card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings | None = None
+    card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings
 ) -> Sampling:
     """As the card says; the empty prompt without its padding."""
     tokens, mask = data.null()
     used = int(mask.sum())
-    codec = Pixels() if around is None else around.codec
     null = (tokens[:, :used], mask[:, :used])
-    return Sampling(null, card.guidance, card.shift_rule, denoiser.patch_size, codec, card.scheduler)
+    return Sampling(null, card.guidance, card.shift_rule, denoiser.patch_size, around.codec, card.scheduler)
 
 
 @torch.no_grad()

@@ -133,8 +133,9 @@ def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: Trai
     """The guard on published prompts of which there is no pair."""
     card, judge = read_card(ctx.inputs["init"]), Judge.load(ctx.inputs["judge"])
     paired = set(pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["scene"].to_pylist())
-    prompts = Prompts.of(published(config.prompts, seed, paired), 0, card.prompt_max_tokens)
-    sampling, trained = sampling_of(card, data, denoiser), JudgeReward(judge, prompts.scenes)
+    around = families.surroundings(ctx.inputs["init"], card)
+    prompts = Prompts.of(published(config.prompts, seed, paired), 0, around)
+    sampling, trained = sampling_of(card, data, denoiser, around), JudgeReward(judge, prompts.scenes)
     return guard_of(config, denoiser, card, sampling, judge, prompts, trained, "denoiser")
 
 
