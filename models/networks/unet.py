@@ -48,7 +48,7 @@ class UNetDenoiser(Denoiser):
     @property
     def stride(self) -> int:
         """Sides must be multiples of this: each level but the last halves them."""
-        return 2 ** (len(self.transformer.config.block_out_channels) - 1)
+        return int(2 ** (len(self.transformer.config.block_out_channels) - 1))
 
     @property
     def width(self) -> int:
