@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -14,6 +15,7 @@ from models.networks.diffusers_folder import FROZEN, take
 from models.networks.text_features import prx_text_modules, sd3_pipeline
 from models.pretraining.densities import shift_of
 from models.sampling.euler import grid
+from models.sampling.times import times_of
 
 USAGE = """---
 library_name: diffusers
@@ -45,10 +47,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 unet, text = UNet2DConditionModel.from_pretrained("this folder", subfolder="unet"), load_file("unet/text_statistics.safetensors")
-x, N = noise, {steps}  # [B, C, H, W]; tokens [B, T, D] and mask [B, T] of the text encoder in sampling.json's family
-for i in range(N, 0, -1):
-    v = unet(x, 1000 * i / N, (tokens - text["mean"]) / text["std"], encoder_attention_mask=mask).sample
-    x = x - v / N
+times = {times}
+tokens = (tokens - text["mean"]) / text["std"]  # all-MiniLM-L6-v2, last hidden state [B, T, 384], mask [B, T]
+for t, s in zip(times, times[1:]):
+    x = x + (s - t) * unet(x, 1000 * t, tokens, encoder_attention_mask=mask).sample  # x: noise [B, C, H, W] at first
 ```
 
 Pictures are {side}x{side} px; with a `vae` folder beside it, x is its scaled latent.
@@ -105,9 +107,11 @@ def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) ->
     (folder / "sampling.json").write_text(card.model_copy(update={"steps": steps}).model_dump_json(indent=2))
     if card.distilled:
         (folder / "distill.json").write_text(json.dumps(distill_record(card, steps), indent=2))
+    side = card.side // factor_of(checkpoint) // denoiser.patch_size
+    sampled = times_of(card.scheduler, card.shift_rule, steps, side**2)
     no_t5 = card.family == "sd3" and not (folder / "text_encoder_3").is_dir()
     missing = ", text_encoder_3=None, tokenizer_3=None" if no_t5 else ""  # diffusers wants to be told
-    (folder / "README.md").write_text(model_card(checkpoint.name, card, steps, missing))
+    (folder / "README.md").write_text(model_card(checkpoint.name, card, steps, missing, sampled))
 
 
 def pipeline_of(checkpoint: Path, denoiser: Denoiser, card: SamplingCard, steps: int) -> Any:
@@ -146,9 +150,13 @@ def stock_scheduler(checkpoint: Path, denoiser: Denoiser, card: SamplingCard, st
 
     if card.scheduler is not None and not card.distilled:
         return FlowMatchEulerDiscreteScheduler.from_config(card.scheduler)
-    factor = load_vae(checkpoint / "vae").factor if (checkpoint / "vae").is_dir() else 1
-    k = shift_of((card.side // factor // denoiser.patch_size) ** 2, card.shift_rule)  # other sizes need another folder
+    k = shift_of((card.side // factor_of(checkpoint) // denoiser.patch_size) ** 2, card.shift_rule)  # other sizes need another folder
     return scheduler_of(card, steps, k)
+
+
+def factor_of(checkpoint: Path) -> int:
+    """Pixels per latent along a side; 1 without a VAE."""
+    return load_vae(checkpoint / "vae").factor if (checkpoint / "vae").is_dir() else 1
 
 
 def export_module(checkpoint: Path, denoiser: Denoiser, folder: Path) -> None:
@@ -157,7 +165,9 @@ def export_module(checkpoint: Path, denoiser: Denoiser, folder: Path) -> None:
     take(checkpoint, folder, FROZEN)
 
 
-def model_card(title: str, card: SamplingCard, steps: int, missing: str = "") -> str:
+def model_card(
+    title: str, card: SamplingCard, steps: int, missing: str = "", times: Sequence[float] = ()
+) -> str:
     """README.md of an exported folder."""
     note = "Guidance and steps may be changed."
     if card.distilled:
@@ -167,7 +177,7 @@ def model_card(title: str, card: SamplingCard, steps: int, missing: str = "") ->
             f"guidance; the teacher's ({card.distilled_guidance}) is inside the weights."
         )
     if card.family == "unet":
-        return UNET.format(title=title, steps=steps, side=card.side)
+        return UNET.format(title=title, times=list(times), side=card.side)
     seeding = ""
     if card.sampler == "renoise" and steps > 1:
         seeding = "torch.manual_seed(0)  # diffusers 0.42.1 hands `generator` to the first noise only\n"

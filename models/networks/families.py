@@ -62,8 +62,9 @@ def surroundings(folder: Path, card: SamplingCard) -> Surroundings:
         case "sd3":
             config = json.loads((folder / "transformer" / "config.json").read_text())
             return Surroundings(Sd3Text(folder, length, int(config["joint_attention_dim"])), codec)
-        case "unet":
-            return Surroundings(PackagedText(length), codec)
+        case "unet":  # in latents its captions come from the features stage, cleaned as PRXPipeline does
+            pixels = isinstance(codec, Pixels)
+            return Surroundings(PackagedText(length) if pixels else PrxText(folder, length, clean=True), codec)
         case _:
             assert_never(card.family)
 

@@ -19,11 +19,11 @@ CONFIG = AutoencoderConfig(
 
 
 def batches(step: int) -> Batch:
-    """Flat pictures of a random colour: one latent has all there is to know."""
+    """Pictures of random 2 x 2 squares in black, white and the colours: one latent has all there is to know of one."""
     slots = (0, 1, 2, 3)
-    colour = Randomness(5, step, slots).uniform("colour", (3, 1, 1)) * 2 - 1
+    colour = Randomness(5, step, slots).uniform("colour", (3, 4, 4)).round() * 2 - 1
     text = torch.zeros(4, 1, 4)
-    return Batch(colour.expand(4, 3, 8, 8), text, torch.ones(4, 1, dtype=torch.bool), slots)
+    return Batch(colour.repeat_interleave(2, 2).repeat_interleave(2, 3), text, torch.ones(4, 1, dtype=torch.bool), slots)
 
 
 def test_the_loss_is_its_formula() -> None:
@@ -55,13 +55,12 @@ def test_it_resumes_to_the_bit(tmp_path) -> None:
     assert all(torch.equal(v, resumed.emas["vae"].average[n]) for n, v in straight.emas["vae"].average.items())
 
 
-def test_it_learns_flat_colours(tmp_path) -> None:
-    faster = OPTIMIZER.model_copy(update={"adamw_lr": 1e-2})
-    longer = CONFIG.train.model_copy(update={"steps": 100, "checkpoint_every": 100, "optimizer": faster})
+def test_it_learns_squares(tmp_path) -> None:
+    """Grey, the best constant answer, has the error 1."""
+    longer = CONFIG.train.model_copy(update={"steps": 120, "log_every": 20, "checkpoint_every": 120})
     objective = Autoencoder(build(CONFIG, 0), CONFIG.model_copy(update={"kl_weight": 1e-4}))
-    before = measure(objective.vae, batches, 4, 0)["psnr"]
-    train(objective, batches, longer, tmp_path)
-    assert measure(objective.vae, batches, 4, 0)["psnr"] > before + 3
+    rows = train(objective, batches, longer, tmp_path).rows
+    assert rows[-1]["reconstruction"] < 0.88
 
 
 def test_measured_scale_makes_unit_variance_and_survives_saving(tmp_path) -> None:

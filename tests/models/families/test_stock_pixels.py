@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.networks import families
+from models.networks import families, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
-from models.networks.config import LatentPrxConfig, LoraConfig
+from models.networks.config import LatentPrxConfig, LoraConfig, UNetConfig
 from models.networks.export import export_pipeline
 from models.networks.take_over import take_over
 from models.personalization import lora_files
@@ -125,6 +125,27 @@ def test_a_foreign_folder_keeps_its_grid_shift_and_origin(drawn, sd3_folder) -> 
     readme = (root / "sd3-export" / "README.md").read_text()
     assert "max_sequence_length=64" in readme
     assert "text_encoder_3=None" in readme
+
+
+def test_the_readme_of_a_unet_samples_our_pixels(tmp_path) -> None:
+    config = UNetConfig(channels=(8, 16), head_dim=4)
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(384, generator=generator), 0.5 + torch.rand(384, generator=generator)
+    denoiser = families.build(config, None, mean, std, 16, 0)
+    torch.nn.init.normal_(denoiser.transformer.conv_out.weight, std=0.1, generator=generator)
+    card = SamplingCard(**families.family_of(config), side=16, steps=3, guidance=1.0, shift="static", static_shift=2.0)
+    write_checkpoint(tmp_path / "checkpoint", denoiser, card)
+    export_pipeline(tmp_path / "checkpoint", tmp_path / "export")
+    readme = (tmp_path / "export" / "README.md").read_text()
+    folder = str(tmp_path / "export")
+    code = readme.split("```python")[1].split("```")[0].replace("this folder", folder).replace("unet/text", f"{folder}/unet/text")
+    noise = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    tokens, mask = text_encoder.encode(PROMPTS, card.prompt_max_tokens)
+    known = {"x": torch.stack(noise), "tokens": tokens, "mask": mask}
+    with torch.no_grad():
+        exec(code, known)
+    theirs = (known["x"] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours(tmp_path / "checkpoint") - theirs).max() <= 1e-5
 
 
 @pytest.mark.parametrize("times", [[0.1, 0.9]])
