@@ -85,7 +85,9 @@ def pretraining(config: LifecycleConfig) -> list[StageSpec]:
         specs.append(spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name))
         init = {"frozen": vae.name}
     for stage in config.pretrain:
-        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init))
+        specs.append(
+            spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init)
+        )
         init = {"init": stage.name}
     return specs
 

@@ -179,9 +179,7 @@ class Start:
         return cls(denoiser, card, data, sampling, prompts, rewards, guard)
 
 
-def prompts_of(
-    config: OnlineConfig, data: TrainingData, around: Surroundings, own: bool
-) -> Prompts:
+def prompts_of(config: OnlineConfig, data: TrainingData, around: Surroundings, own: bool) -> Prompts:
     """Published scenes, or captions of one's own data where no judge knows what they show."""
     if own:
         if config.guard is not None:
@@ -194,9 +192,7 @@ def prompts_of(
     return Prompts.of(scenes, config.prompts.count, around)
 
 
-def sampling_of(
-    card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings
-) -> Sampling:
+def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings) -> Sampling:
     """As the card says; the empty prompt without its padding."""
     tokens, mask = data.null()
     used = int(mask.sum())

@@ -121,7 +121,11 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
     before = None if init is None else read_card(init)
     if before is not None and before.origin is not None:
         return before
-    kept = families.family_of(config.network) if before is None else {"family": before.family, "prediction": before.prediction}
+    kept = (
+        families.family_of(config.network)
+        if before is None
+        else {"family": before.family, "prediction": before.prediction}
+    )
     return SamplingCard.model_validate({
         "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
         "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
@@ -139,14 +143,23 @@ def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> No
         )
 
 
+def architecture_of(card: SamplingCard) -> str:
+    """What kohya's form calls the network."""
+    return "sd3" if card.family == "sd3" else "prx"
+
+
 def adapt(denoiser: Denoiser, lora: LoraConfig | None, seed: int, init: Path | None) -> None:
     """Put fresh adapters on a denoiser, if they are asked for."""
     if lora is None:
         return
     if init is None:
         raise ConfigError("lora adapts a trained model; give a model or a stage to start from, or set lora to null")
+    if denoiser.depth == 0:
+        raise ConfigError("lora files name the layers of a transformer; a UNet is trained whole, set lora to null")
     if lora.init == "pissa" or (lora.kind == "dora" and (init / "adapter").is_dir()):
-        raise ConfigError(f"lora kind={lora.kind} init={lora.init} cannot be stacked on the adapter before; use plain LoRA")
+        raise ConfigError(
+            f"lora kind={lora.kind} init={lora.init} cannot be stacked on the adapter before; use plain LoRA"
+        )
     add_lora(denoiser, lora, seed)
 
 
@@ -172,7 +185,7 @@ class Finished:
             card = read_card(self.init)
             before = read_adapter(self.init / "adapter", families.load(self.init / "transformer", card).transformer)
             adapter = stacked(before, adapter)
-        save_forms(adapter, ctx.out / "adapter", ctx.name)
+        save_forms(adapter, ctx.out / "adapter", ctx.name, architecture_of(read_card(self.init)))
 
 
 def fixed_prompts(data: TrainingData) -> list[str]:

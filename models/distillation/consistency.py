@@ -30,9 +30,7 @@ from models.sampling.euler import euler_step
 Null = tuple[torch.Tensor, torch.Tensor]
 
 
-def consistency_function(
-    x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clamp: float = T_CLAMP
-) -> torch.Tensor:
+def consistency_function(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clamp: float = T_CLAMP) -> torch.Tensor:
     """f = x_t - t F from the network's x_0-prediction; it is that prediction wherever the velocity is not clamped."""
     return x_t - t.view(-1, 1, 1, 1) * velocity_of(x_0, x_t, t, clamp)
 

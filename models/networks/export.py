@@ -150,7 +150,9 @@ def stock_scheduler(checkpoint: Path, denoiser: Denoiser, card: SamplingCard, st
 
     if card.scheduler is not None and not card.distilled:
         return FlowMatchEulerDiscreteScheduler.from_config(card.scheduler)
-    k = shift_of((card.side // factor_of(checkpoint) // denoiser.patch_size) ** 2, card.shift_rule)  # other sizes need another folder
+    k = shift_of(
+        (card.side // factor_of(checkpoint) // denoiser.patch_size) ** 2, card.shift_rule
+    )  # other sizes need another folder
     return scheduler_of(card, steps, k)
 
 
@@ -165,15 +167,13 @@ def export_module(checkpoint: Path, denoiser: Denoiser, folder: Path) -> None:
     take(checkpoint, folder, FROZEN)
 
 
-def model_card(
-    title: str, card: SamplingCard, steps: int, missing: str = "", times: Sequence[float] = ()
-) -> str:
+def model_card(title: str, card: SamplingCard, steps: int, missing: str = "", times: Sequence[float] = ()) -> str:
     """README.md of an exported folder."""
     note = "Guidance and steps may be changed."
     if card.distilled:
-        times = ", ".join(f"{t:g}" for t in grid(steps)[:-1])
+        asked = ", ".join(f"{t:g}" for t in grid(steps)[:-1])
         note = (
-            f"Distilled by {card.method or 'distillation'} for {steps} step(s) at t = {times}: use exactly these and no "
+            f"Distilled by {card.method or 'distillation'} for {steps} step(s) at t = {asked}: use exactly these and no "
             f"guidance; the teacher's ({card.distilled_guidance}) is inside the weights."
         )
     if card.family == "unet":

@@ -97,11 +97,12 @@ def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str], sta
     lora_files.save_peft(adapter if start is None else since(adapter, start), folder)
 
 
-def save_forms(adapter: Adapter, folder: Path, name: str) -> None:
+def save_forms(adapter: Adapter, folder: Path, name: str, architecture: str = "prx") -> None:
     """The three forms of an adapter in one folder: peft, diffusers, and NAME-kohya.safetensors."""
     lora_files.save_peft(adapter, folder)
     lora_files.save_diffusers(adapter, folder)
-    lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture="prx", prefix="lora_unet_")
+    prefix = "lora_transformer_" if architecture == "sd3" else "lora_unet_"  # what ComfyUI maps to each
+    lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture, prefix)
 
 
 def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> None:

@@ -60,7 +60,9 @@ class Refl:
         extra, config = batch.extra, self.config
         x_0 = self.sampling.x_0(self.denoiser, extra["x"], float(extra["time"]), batch)
         card = self.reward.card
-        reward = (self.reward(straight_through_clamp(self.sampling.codec.pictures(x_0)), batch) - card.mean) / card.sigma
+        reward = (
+            self.reward(straight_through_clamp(self.sampling.codec.pictures(x_0)), batch) - card.mean
+        ) / card.sigma
         hinge = F.relu(config.hinge - reward).mean()
         real = extra["real"]
         x_t = noised(real, extra["eps"], extra["t"])

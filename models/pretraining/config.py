@@ -143,7 +143,9 @@ class AutoencoderConfig(Config):
     channels: tuple[int, ...] = Field(default=(32, 64), min_length=1, description="Channels; each level but one halves")
     layers: int = Field(default=1, ge=1, description="Residual blocks of each level")
     latent_channels: int = Field(default=4, ge=1, description="Channels of a latent")
-    norm_groups: int = Field(default=8, ge=1, description="Groups of the normalisations; divides every number of channels")
+    norm_groups: int = Field(
+        default=8, ge=1, description="Groups of the normalisations; divides every number of channels"
+    )
     gradient_weight: float = Field(default=1.0, ge=0, description="Weight of the error of neighbouring differences")
     kl_weight: float = Field(default=1e-4, ge=0, description="Weight of the KL to N(0, 1)")
     resolutions: tuple[int, ...] = Field(default=(32,), min_length=1, description="Base sides to train on")

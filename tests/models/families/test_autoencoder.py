@@ -23,7 +23,9 @@ def batches(step: int) -> Batch:
     slots = (0, 1, 2, 3)
     colour = Randomness(5, step, slots).uniform("colour", (3, 4, 4)).round() * 2 - 1
     text = torch.zeros(4, 1, 4)
-    return Batch(colour.repeat_interleave(2, 2).repeat_interleave(2, 3), text, torch.ones(4, 1, dtype=torch.bool), slots)
+    return Batch(
+        colour.repeat_interleave(2, 2).repeat_interleave(2, 3), text, torch.ones(4, 1, dtype=torch.bool), slots
+    )
 
 
 def test_the_loss_is_its_formula() -> None:
@@ -69,7 +71,9 @@ def test_measured_scale_makes_unit_variance_and_survives_saving(tmp_path) -> Non
     codec = Vae(vae)
     assert (codec.factor, codec.channels, codec.scaling.scale) == (2, 4, measured["scale"])
     parts = [
-        drawn(codec.moments(batches(step).images), Randomness(1, step, (0, 1, 2, 3)).normal("z", (4, 4, 4)), codec.scaling)
+        drawn(
+            codec.moments(batches(step).images), Randomness(1, step, (0, 1, 2, 3)).normal("z", (4, 4, 4)), codec.scaling
+        )
         for step in range(8)
     ]
     latents = torch.cat(parts)

@@ -138,7 +138,12 @@ def test_the_readme_of_a_unet_samples_our_pixels(tmp_path) -> None:
     export_pipeline(tmp_path / "checkpoint", tmp_path / "export")
     readme = (tmp_path / "export" / "README.md").read_text()
     folder = str(tmp_path / "export")
-    code = readme.split("```python")[1].split("```")[0].replace("this folder", folder).replace("unet/text", f"{folder}/unet/text")
+    code = (
+        readme.split("```python")[1]
+        .split("```")[0]
+        .replace("this folder", folder)
+        .replace("unet/text", f"{folder}/unet/text")
+    )
     noise = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     tokens, mask = text_encoder.encode(PROMPTS, card.prompt_max_tokens)
     known = {"x": torch.stack(noise), "tokens": tokens, "mask": mask}

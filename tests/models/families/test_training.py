@@ -106,7 +106,9 @@ def test_a_fresh_network_has_the_loss_of_the_zero_velocity(name) -> None:
 
 
 def test_a_unet_hears_no_masked_token_and_saves_what_it_is(tmp_path) -> None:
-    denoiser = unet.build(UNetConfig(channels=(8, 16), head_dim=4, text_dim=12), torch.randn(12), torch.rand(12) + 0.5, 4, 0)
+    denoiser = unet.build(
+        UNetConfig(channels=(8, 16), head_dim=4, text_dim=12), torch.randn(12), torch.rand(12) + 0.5, 4, 0
+    )
     torch.nn.init.normal_(denoiser.transformer.conv_out.weight)
     batch, t = batches(0), torch.tensor([0.1, 0.4, 0.7, 1.0])
     mask = torch.arange(7).expand(4, 7) < 4
