@@ -6,7 +6,7 @@ import importlib
 import sys
 
 NAMES = ("training_speed", "kill_resume", "corruption", "download", "hostile_input", "near_duplicates", "image_hashing", "loader", "time_to_quality", "preference", "personalization",
-         "distillation", "orchestration")  # fmt: skip
+         "distillation", "orchestration", "serving")  # fmt: skip
 
 
 def main(wanted: list[str]) -> int:

@@ -158,6 +158,10 @@ class DedupConfig(Config):
     sure_tint: float = Field(default=5, gt=0, le=255, description="Their greatest difference of flat colours.")
 
 
+class RememberConfig(Config):
+    """Nothing to set: what earlier nights have seen and tonight's manifest become one."""
+
+
 class QualityConfig(Config):
     """Thresholds of the technical checks; each has its own reason."""
 

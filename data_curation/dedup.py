@@ -16,6 +16,7 @@ from data_curation.config import DedupConfig
 from data_curation.decode import open_picture
 from data_curation.hamming import near_pairs
 from data_curation.hashing import VERSION, phash
+from data_curation.known import ROLE, drop_known
 from data_curation.manifest import KEEP, Row, drop, funnel, pictures, read_manifest, shards, write_manifest
 from data_curation.registration import MAX_LOG_ASPECT, register, thumbnail
 
@@ -38,6 +39,9 @@ def deduplicate(config: DedupConfig, ctx: StageContext) -> dict[str, Any]:
     hashes = np.stack([found[row["row_id"]] for row in kept]) if kept else np.empty((0, 8), np.uint8)
     for row, value in zip(kept, hashes, strict=True):
         row["phash"] = value.tobytes().hex()
+    known = drop_known(kept, hashes, ctx.inputs[ROLE], config.sure_distance) if ROLE in ctx.inputs else 0
+    left = [place for place, row in enumerate(kept) if row["decision"] == KEEP]
+    kept, hashes = [kept[place] for place in left], hashes[left]
     i, j, distance = near_pairs(hashes, config.max_distance)
     nominated = len(i)
     i, j, distance = _similar_shape(kept, i, j, distance)
@@ -52,6 +56,7 @@ def deduplicate(config: DedupConfig, ctx: StageContext) -> dict[str, Any]:
         "hash": f"{VERSION}, {config.hash_size**2} bits",
         "pairs_nominated": nominated,
         "pairs_confirmed": int(copies.sum()),
+        "known_before": known,
     }
 
 

@@ -79,7 +79,8 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _plural(noun: str) -> str:
+def plural(noun: str) -> str:
+    """The noun for several."""
     return {"cherry": "cherries", "fish": "fish"}.get(noun, f"{noun}s")
 
 
@@ -90,10 +91,10 @@ def short_caption(scene: Scene) -> str:
         case "big":
             what = f"a big {first}"
         case "three":
-            what = f"three {_plural(first)}"
+            what = f"three {plural(first)}"
         case "beside":
             what = (
-                f"two {_plural(first)} side by side" if first == last else f"{_article(first)} left of {_article(last)}"
+                f"two {plural(first)} side by side" if first == last else f"{_article(first)} left of {_article(last)}"
             )
         case "above":
             what = f"{_article(first)} above {_article(last)}"
@@ -129,7 +130,7 @@ def long_caption(scene: Scene, variant: int = 0) -> str:
     corner = scene.layout in CORNERS
     vertical, horizontal = scene.layout.split() if corner else ("", "")
     what = LONG_WORDINGS["corner" if corner else scene.layout][variant % 2].format(
-        first=first, many=_plural(first), a_first=_article(first), a_last=_article(last),
+        first=first, many=plural(first), a_first=_article(first), a_last=_article(last),
         vertical=vertical, horizontal=horizontal,
     )  # fmt: skip
     if (variant // 2) % 2:

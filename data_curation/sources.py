@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from data_curation.config import FolderSource, ListSource, fingerprint
 from data_curation.demo_web import row_id
+from data_curation.known import seen_urls
 from data_curation.layouts import look
 from data_curation.local_pictures import BODIES
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
@@ -45,10 +46,12 @@ def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         path = Path(config.path).expanduser() if local else copy_of(config.path, Path(folder), config.fingerprint)
         rows = _list_rows(config, path)
+    seen = seen_urls(ctx)
     if not rows:
         raise DataRefused(f"source {config.path} has no pictures or URLs: the list is empty; give one with a URL a row")
-    write_table(rows, SOURCE_SCHEMA, ctx.out / "urls.parquet")
-    return {"received": len(rows)}
+    new = [row for row in rows if row["url"] not in seen]
+    write_table(new, SOURCE_SCHEMA, ctx.out / "urls.parquet")
+    return {"received": len(new)} | ({"seen_before": len(rows) - len(new)} if seen else {})
 
 
 # --- lists ---
@@ -111,13 +114,26 @@ def _read_pictures(config: FolderSource, ctx: StageContext) -> dict[str, Any]:
     log.info("source: %s, read as %s", found.says, layout)
     (ctx.out / BODIES).mkdir()
     rows: list[Row] = []
-    parts = _parts(samples(Path(config.path).expanduser(), layout), config, rows)
+    seen, old = seen_urls(ctx), 0
+
+    def unseen() -> Iterator[Sample]:
+        nonlocal old
+        for sample in samples(Path(config.path).expanduser(), layout):
+            if sample.url in seen:
+                old += 1
+            else:
+                yield sample
+
+    parts = _parts(unseen(), config, rows)
     for number, part in enumerate(parts):
         write_table(part, BODY_SCHEMA, ctx.out / BODIES / f"part-{number:05d}.parquet")
-    if not rows:
+    if not rows and not old:
         raise DataRefused(f"source {config.path}, read as {layout}, has no pictures; see what `t2i init` says about it")
     write_table(rows, SOURCE_SCHEMA, ctx.out / "urls.parquet")
-    return {"received": len(rows), "layout": layout, "without_caption": sum(not row["caption_short"] for row in rows)}
+    return {
+        "received": len(rows), "layout": layout,
+        "without_caption": sum(not row["caption_short"] for row in rows),
+    }  # fmt: skip
 
 
 def _parts(found: Iterator[Sample], config: FolderSource, rows: list[Row]) -> Iterator[list[Row]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
@@ -11,15 +10,14 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from flows import cli_answers, cli_operations
+from flows.cli_parts import Debug, Force, Json, Preset, Root, RunName, RunRoot, Set, read_config, say
 from infra.errors import ConfigError, LifecycleError
 from infra.logging import setup_logging
-
-if TYPE_CHECKING:
-    from flows.config import LifecycleConfig
 
 app = typer.Typer(
     name="t2i",
@@ -28,17 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Preset = Annotated[Path, typer.Argument(help="YAML file, such as presets/demo.yaml")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Change one value: --set pretrain.0.train.steps=500")]
-Root = Annotated[
-    str | None, typer.Option(help="Where results are kept: folder, file:// or s3:// [default: the preset's]")
-]
-RunRoot = Annotated[str, typer.Option(help="Where results are kept")]
-RunName = Annotated[str, typer.Argument(help="Name of a run, or latest")]
-Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage although its result is there")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log of every part")]
+app.add_typer(cli_answers.app)
+app.add_typer(cli_operations.app)
 
 
 class Stopped(BaseException):
@@ -53,7 +42,7 @@ def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None
     from flows.plan import plan as make_plan
     from infra.storage import open_store
 
-    config = _config(preset, set_, root)
+    config = read_config(preset, set_, root)
     rows = make_plan(stage_specs(config), open_store(config.run.root), force or ())
     _say_plan(rows)
     record = _interruptible(lambda: run_lifecycle(config, rows, force or [], _display()), config.run.root, as_json)
@@ -68,12 +57,12 @@ def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = Non
     from flows.plan import plan as make_plan
     from infra.storage import open_store
 
-    config = _config(preset, set_, root)
+    config = read_config(preset, set_, root)
     rows = make_plan(stage_specs(config), open_store(config.run.root, create=False), force or ())
     if as_json:
-        _print(json.dumps([row.model_dump(mode="json", exclude={"artifact"}) for row in rows]))
+        say(json.dumps([row.model_dump(mode="json", exclude={"artifact"}) for row in rows]))
     else:
-        _print("\n".join(plan_lines(rows)))
+        say("\n".join(plan_lines(rows)))
 
 
 @app.command()
@@ -85,9 +74,9 @@ def status(name: Annotated[str | None, typer.Argument(help="Name of a run, or la
     store = open_store(root, create=False)
     found: Any = store.list_runs() if name is None else store.read_run(name)
     if as_json:
-        _print(json.dumps(found))
+        say(json.dumps(found))
     else:
-        _print("\n".join(run_lines(found) if name is None else stage_lines(found)))
+        say("\n".join(run_lines(found) if name is None else stage_lines(found)))
 
 
 @app.command()
@@ -109,18 +98,22 @@ def report(name: RunName = "latest", root: RunRoot = "runs", as_json: Json = Fal
         raise ConfigError(
             f"run {record['run']} has no report (outcome {record.get('outcome')}); finish it: t2i run PRESET"
         )
-    _print(json.dumps(public(record)) if as_json else record["report"])
+    say(json.dumps(public(record)) if as_json else record["report"])
     if browse:
         typer.launch(record["report"])
 
 
 @app.command()
-def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+def sample(name: RunName, prompts: Annotated[list[str], typer.Argument(help="What to draw")], stage: Annotated[str | None, typer.Option(help="Checkpoint that draws [default: the last of post-training]")] = None, seed: int = 0, out: Annotated[Path, typer.Option(help="Folder for the pictures")] = Path("samples"), root: RunRoot = "runs", enhance: Annotated[bool, typer.Option("--enhance", help="Rewrite prompts first with the run's prompt enhancer")] = False, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Draw prompts with a checkpoint of a run."""
-    from flows.drive import draw
+    from flows.drive import draw, enhanced
 
+    if enhance:
+        made = enhanced(name, prompts, stage, root)
+        sys.stderr.writelines(f"{e.original!r} -> {e.revised!r}{f' ({e.reason})' if e.reason else ''}\n" for e in made)
+        prompts = [e.revised for e in made]
     paths = draw(name, prompts, stage, seed, out, root)
-    _print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
+    say(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 
 @app.command()
@@ -133,10 +126,10 @@ def personalize(folder: Annotated[Path, typer.Argument(help="Folder with 3 to 30
     record = _interruptible(lambda: run_personalize(folder, name, run, changes, root, _display()), root, as_json)
     found = made(dict(record), root)
     if as_json:
-        _print(json.dumps(found))
+        say(json.dumps(found))
     else:
-        _print("\n".join(f"{what:<11}{where}" for what, where in found.items()))
-        _print(f"next: t2i sample {found['run']} 'a {found['token']} {found['class']}' --root {root}")
+        say("\n".join(f"{what:<11}{where}" for what, where in found.items()))
+        say(f"next: t2i sample {found['run']} 'a {found['token']} {found['class']}' --root {root}")
 
 
 def _refuse_folder(folder: Path, name: str) -> None:
@@ -148,31 +141,34 @@ def _refuse_folder(folder: Path, name: str) -> None:
 
 
 @app.command()
+def ablate(preset: Preset, switch: Annotated[str, typer.Option(help="What is left out: density, shift, stratified, repa, repa-stop, irepa, muon, tread or curriculum")], seeds: Annotated[int, typer.Option(help="Seeds of each arm")] = 3, share: Annotated[float, typer.Option(min=0.001, max=10, help="Share of the preset's steps")] = 1.0, out: Annotated[Path, typer.Option(help="Folder for ablate-SWITCH.json")] = Path("benchmarks/results"), set_: Set = None, root: Root = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Train with and without one switch, at equal samples and equal time, and say what it gained."""
+    from flows.ablate import ablate as measure
+
+    result = measure(read_config(preset, set_, root), switch, seeds, share, out, _display())
+    if as_json:
+        say(json.dumps(result))
+        return
+    for name in ("equal_samples", "equal_time"):
+        gap = result[name]
+        say(f"{switch}, {name.replace('_', ' ')}: {gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
+
+
+@app.command()
 def doctor(root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:
     """Say what is installed, what is wrong, and what to do."""
     from infra.doctor import diagnose
 
     checks = diagnose(root)
     if as_json:
-        _print(json.dumps([check._asdict() for check in checks]))
+        say(json.dumps([check._asdict() for check in checks]))
     else:
         width = max(len(check.name) for check in checks)
         advice = [f"; {check.fix}" if check.fix else "" for check in checks]
         lines = [f"{c.status:<4}  {c.name:<{width}}  {c.detail}{fix}" for c, fix in zip(checks, advice, strict=True)]
-        _print("\n".join(lines))
+        say("\n".join(lines))
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(ConfigError.exit_code)
-
-
-@app.command()
-def up(preset: Preset = Path("presets/demo.yaml"), set_: Set = None, root: Root = None, port: Annotated[int, typer.Option(min=1024, max=65535)] = 4200, cron: Annotated[str, typer.Option(help="When nightly runs; empty: never")] = "0 2 * * *", debug: Debug = False) -> None:  # fmt: skip
-    """Serve Prefect's UI on this machine, with lifecycle, nightly and stage to start from it."""
-    from flows import deploy
-    from flows.drive import home_of
-
-    config = _config(preset, set_, root)
-    with contextlib.suppress(KeyboardInterrupt):
-        deploy.up(config, home_of(config.run.root), port, cron or None)
 
 
 @app.command()
@@ -181,15 +177,7 @@ def init(folder: Annotated[str, typer.Argument(help="Pictures, tars or a URL lis
     from flows.starting import new_preset
 
     target, said = new_preset(folder, out)
-    _print(f"{said}\nwrote {target}; next: t2i plan {target}")
-
-
-def _config(preset: Path, changes: list[str] | None, root: str | None) -> LifecycleConfig:
-    from flows.config import LifecycleConfig
-    from infra.config import load_yaml, parse
-
-    more = [f"run.root={json.dumps(root)}"] if root else []
-    return parse(LifecycleConfig, load_yaml(preset, [*(changes or []), *more]), str(preset))
+    say(f"{said}\nwrote {target}; next: t2i plan {target}")
 
 
 def _display() -> Any:
@@ -216,7 +204,7 @@ def _interruptible(work: Any, root: str, as_json: bool) -> Mapping[str, Any]:
             from infra.storage import open_store
 
             runs = open_store(root).list_runs()
-            _print(json.dumps(public(runs[0]) if runs else {}))
+            say(json.dumps(public(runs[0]) if runs else {}))
         if isinstance(error, KeyboardInterrupt):
             raise Stopped("interrupted") from None  # typer would only say "Aborted"
         raise
@@ -232,16 +220,11 @@ def _finish(record: Mapping[str, Any], as_json: bool) -> None:
     from flows.summary import public
 
     if as_json:
-        _print(json.dumps(public(record)))
+        say(json.dumps(public(record)))
         return
-    _print(f"run {record['run']}: {record['outcome']} in {clock(record['wall_seconds'])}")
+    say(f"run {record['run']}: {record['outcome']} in {clock(record['wall_seconds'])}")
     if record.get("report"):
-        _print(f"report: {record['report']}")
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+        say(f"report: {record['report']}")
 
 
 def main() -> None:

@@ -11,7 +11,16 @@ from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
 from models.personalization.config import DreamBoothConfig, MixConfig
-from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
+from models.posttraining.config import (
+    DpoConfig,
+    GrpoConfig,
+    ImportPairsConfig,
+    NftConfig,
+    PairsConfig,
+    PromptEnhancerConfig,
+    ReflConfig,
+    RewardModelConfig,
+)
 from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
 from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ModelConfig, ReportConfig
 
@@ -23,11 +32,13 @@ class PosttrainConfig(Config):
         default=FlowMatchingConfig(name="sft", repa=None), description="Supervised fine-tuning on long prompts"
     )
     pairs: PairsConfig = Field(default=PairsConfig(), description="Preference pairs of the model's own pictures")
+    pairs_table: ImportPairsConfig | None = Field(default=None, description="A published table instead of own pairs")
     reward_model: RewardModelConfig | None = Field(default=None, description="Reward model trained on those pairs")
     grpo: GrpoConfig | None = Field(default=None, description="Flow-GRPO")
     nft: NftConfig | None = Field(default=None, description="DiffusionNFT")
     refl: ReflConfig | None = Field(default=None, description="ReFL")
     dpo: DpoConfig | None = Field(default=DpoConfig(), description="Diffusion-DPO on those pairs")
+    prompt_enhancer: PromptEnhancerConfig | None = Field(default=None, description="Rewriting of prompts")
     hands_on: str | None = Field(
         default=None, description="Branch that later stages start from; null: the last of grpo, nft, refl, dpo"
     )
@@ -41,6 +52,11 @@ class PosttrainConfig(Config):
     def branches(self) -> tuple[str, ...]:
         """Names of all branches, in the order in which they run."""
         return (*(stage.name for stage in self.online), *(() if self.dpo is None else (self.dpo.name,)))
+
+    @property
+    def pairs_name(self) -> str:
+        """The stage that makes or reads the pairs."""
+        return self.pairs.name if self.pairs_table is None else self.pairs_table.name
 
     @property
     def needs_pairs(self) -> bool:
@@ -126,6 +142,11 @@ class LifecycleConfig(Config):
         if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
             raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
                              "personalize, mix and distill to []")  # fmt: skip
+        enhancer = self.posttrain.prompt_enhancer
+        if self.model is not None and enhancer is not None and enhancer.check is not None:
+            raise ValueError(
+                "posttrain.prompt_enhancer.check draws the demo's scenes, which a foreign model does not know; set it to null"
+            )
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "
@@ -147,7 +168,11 @@ class LifecycleConfig(Config):
                 )
         taught = set(self.data.encode.teacher_resolutions)
         for stage in self.pretrain:
-            if stage.repa is not None and (missing := sorted(set(stage.select.resolutions) - taught)):
+            if (
+                stage.repa is not None
+                and stage.repa.needs_cached_features
+                and (missing := sorted(set(stage.select.resolutions) - taught))
+            ):
                 raise ValueError(
                     f"stage {stage.name!r} aligns to teacher features at {missing}, which data.encode.teacher_resolutions="
                     f"{self.data.encode.teacher_resolutions} does not make; add them there or set repa to null"

@@ -26,6 +26,7 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
         spec_of("judge", "train_judge", config.judge),
         *pretraining(config),
         *posttraining(config),
+        *prompt_enhancement(config),
         *personalization(config),
         *distillation(config),
         *proof(config),
@@ -43,28 +44,31 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
     for stage in (*config.pretrain, *(() if post.sft is None else (post.sft,))):
         specs.append(spec_of(stage.name, "flow_matching", seeded(stage, seed), init=last, **data))
         last = stage.name
-    tuned, start = [last], {"init": last, **data}
-    if post.needs_pairs:
-        specs.append(spec_of(post.pairs.name, "make_pairs", seeded(post.pairs, seed), **start))
+    tuned, start, pairs = [last], {"init": last, **data}, post.pairs_name
+    if post.needs_pairs and post.pairs_table is not None:
+        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
+    elif post.needs_pairs:
+        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), **start))
     reward = {} if post.reward_model is None else {"reward": post.reward_model.name}
     if post.reward_model is not None:
         name = post.reward_model.name
-        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=post.pairs.name))
+        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
     for branch in post.online:
         specs.append(spec_of(branch.name, online_function(branch), seeded(branch, seed), **start, **reward))
     if post.dpo is not None:
-        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=post.pairs.name, **start))
+        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start))
     exports = {name: name for name in (*tuned, *post.branches)}
+    specs += prompt_enhancement(config)
     return [*specs, spec_of("export", "export", config.export, **exports)]
 
 
-def curation(data: DataConfig) -> list[StageSpec]:
-    """From URLs to a training set."""
+def curation(data: DataConfig, **known: str) -> list[StageSpec]:
+    """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
     return [
-        spec_of("source", function, data.source),
+        spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),
-        spec_of("dedup", "deduplicate", data.dedup, rows="download"),
+        spec_of("dedup", "deduplicate", data.dedup, rows="download", **known),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
         spec_of("buckets", "assign_buckets", data.buckets, rows="quality", truth="source"),
         spec_of("encode", "encode", data.encode, manifest="buckets", images="download"),
@@ -76,14 +80,25 @@ def training_set(config: LifecycleConfig) -> str:
     return "encode" if config.autoencoder is None else "features"
 
 
+def latents(config: LifecycleConfig) -> list[StageSpec]:
+    """The VAE of one's own, if there is to be one, and the training set in its latents."""
+    vae = config.autoencoder
+    if vae is None:
+        return []
+    return [
+        spec_of(vae.name, "autoencoder", seeded(vae, config.seed), data="encode"),
+        spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name),
+    ]
+
+
+def frozen(config: LifecycleConfig) -> dict[str, str]:
+    """Role -> stage of what a fresh model is built around."""
+    return {} if config.autoencoder is None else {"frozen": config.autoencoder.name}
+
+
 def pretraining(config: LifecycleConfig) -> list[StageSpec]:
     """Each stage goes on from the one before."""
-    specs, init = [], dict[str, str]()
-    vae = config.autoencoder
-    if vae is not None:
-        specs.append(spec_of(vae.name, "autoencoder", seeded(vae, config.seed), data="encode"))
-        specs.append(spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name))
-        init = {"frozen": vae.name}
+    specs, init = latents(config), frozen(config)
     for stage in config.pretrain:
         specs.append(
             spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init)
@@ -101,8 +116,10 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
             spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data=training_set(config), init=last)
         )
         last = post.sft.name
-    start, pairs = {"init": last, "data": training_set(config)}, post.pairs.name
-    if post.needs_pairs:
+    start, pairs = {"init": last, "data": training_set(config)}, post.pairs_name
+    if post.needs_pairs and post.pairs_table is not None:
+        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
+    elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
         specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
@@ -111,6 +128,18 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     if post.dpo is not None:
         guard = {} if post.dpo.guard is None else {"judge": "judge"}
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start, **guard))
+    return specs
+
+
+def prompt_enhancement(config: LifecycleConfig) -> list[StageSpec]:
+    """The prompt enhancer, and what it does to the pictures of the checkpoint that post-training hands on."""
+    stage = config.posttrain.prompt_enhancer
+    if stage is None:
+        return []
+    specs = [spec_of(stage.name, "prompt_enhancer", seeded(stage, config.seed), data="encode")]
+    if stage.check is not None:
+        inputs = {"enhancer": stage.name, "init": config.chain[-1], "judge": "judge"}
+        specs.append(spec_of(stage.check.name, "prompt_check", stage.check, **inputs))
     return specs
 
 
@@ -184,10 +213,13 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
     others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
     shown = {name: name for name in others} | (
-        {"pairs": config.posttrain.pairs.name} if config.posttrain.needs_pairs else {}
+        {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     )
     if "compare" in exports:
         shown["compare"] = "compare"
+    enhancer = config.posttrain.prompt_enhancer
+    if enhancer is not None and enhancer.check is not None:
+        shown |= {"prompts": enhancer.check.name}
     return [
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),

@@ -115,8 +115,17 @@ def plan_lines(rows: Sequence[PlanRow]) -> list[str]:
     seconds, unknown = estimate(rows)
     todo = sum(row.state != "HIT" for row in rows)
     more = f", {unknown} never timed" if unknown else ""
-    lines.append(f"{todo} of {len(rows)} stages to run" + (f", about {clock(seconds)}{more}" if todo else ""))
+    lines.append(
+        f"{todo} of {len(rows)} stages to run" + (f", about {clock(seconds)}{more}{_room(rows)}" if todo else "")
+    )
     return lines
+
+
+def _room(rows: Sequence[PlanRow]) -> str:
+    """Memory and disk the stages to run took last, as far as it is known."""
+    todo = [row for row in rows if row.state != "HIT"]
+    memory, disk = max((row.memory_bytes or 0 for row in todo), default=0), sum(row.disk_bytes or 0 for row in todo)
+    return (f", {memory / 1e9:.1f} GB of memory" if memory else "") + (f", {disk / 1e6:.0f} MB of disk" if disk else "")
 
 
 def run_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:

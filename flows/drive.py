@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
@@ -19,6 +19,9 @@ from infra.errors import ConfigError
 from infra.local_files import local_path
 from infra.storage import Store, open_store
 from models.personalization.config import DreamBoothConfig
+
+if TYPE_CHECKING:
+    from models.posttraining.prompt_enhancement import Enhanced
 
 
 def run_lifecycle(config: LifecycleConfig, rows: Sequence[PlanRow], force: list[str], display: Display) -> Record:
@@ -102,17 +105,39 @@ def home_of(root: str) -> Path:
 def draw(run_id: str, prompts: Sequence[str], stage: str | None, seed: int, out: Path, root: str) -> list[Path]:
     """Draw prompts with a checkpoint of a run, one PNG each."""
     store = open_store(root, create=False)
-    folder = store.local(_checkpoint(store, store.read_run(run_id), stage))
+    checkpoint = _checkpoint(store, store.read_run(run_id), stage)
+    folder = store.local(checkpoint)
     from PIL import Image
 
     from models.sampling.generate import load_generator
+    from tasks.lineage import stamp
 
     pictures = load_generator(folder).sample(list(prompts), [seed] * len(prompts))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{number:02}-{seed}.png" for number in range(len(prompts))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
+    for path, picture, prompt in zip(paths, pictures, prompts, strict=True):
+        Image.fromarray(picture).save(path, pnginfo=stamp(checkpoint, prompt=prompt, seed=seed))
     return paths
+
+
+def enhanced(run_id: str, prompts: Sequence[str], stage: str | None, root: str) -> list[Enhanced]:
+    """Prompts as the run's enhancer rewrites them for a checkpoint, whose trigger words it keeps."""
+    store = open_store(root, create=False)
+    record = store.read_run(run_id)
+    checkpoint = store.local(_checkpoint(store, record, stage))
+    config = parse(LifecycleConfig, record["config"], f"the record of run {record['run']}").posttrain.prompt_enhancer
+    entry: dict[str, Any] = next((e for e in record["stages"] if config is not None and e["name"] == config.name), {})
+    found = store.find(str(entry["name"]), entry["key"]) if entry.get("digest") else None
+    if found is None:
+        raise ConfigError(
+            f"run {record['run']} has no prompt enhancer; set posttrain.prompt_enhancer: {{}} in its preset and run it"
+        )
+    from models.networks.checkpoint import read_card
+    from models.posttraining.enhancer_files import load_enhancer
+
+    trigger = read_card(checkpoint).trigger
+    enhancer = load_enhancer(store.local(found), () if trigger is None else (trigger,))
+    return [enhancer.enhance(prompt) for prompt in prompts]
 
 
 def _checkpoint(store: Store, record: dict[str, Any], stage: str | None) -> Artifact:

@@ -8,20 +8,25 @@ from prefect import flow
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Run
+from flows.shown import PrefectDisplay, show
 
 
 @flow(name="lifecycle", flow_run_name="{config.name}", persist_result=False)
 def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str] = []) -> dict[str, Any]:
-    """Run every stage that has no artifact yet, or is in `force`; returns the record of the run."""
+    """Run every stage that has no artifact yet; returns the record of the run.
+
+    Args:
+        config: Every stage's settings; what has been made with the same ones before is reused
+        force: Names of stages to run although their results are there
+    """
     run = Run(
         flow_run_id(config.name),
         stage_specs(config),
         config.run,
         {"name": config.name, "config": config.model_dump(mode="json"), "force": force},
         force=force,
-        display=current_display(),
+        display=PrefectDisplay(),
     )
-    return run.execute(PrefectCall(config.run.root))
+    return show(run.execute(PrefectCall(config.run.root)))

@@ -9,9 +9,9 @@ from prefect import flow
 
 from flows.config import LifecycleConfig
 from flows.dag import personalized
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Run
+from flows.shown import PrefectDisplay, show
 from infra.artifacts import Artifact
 from infra.config import parse
 from infra.errors import ConfigError
@@ -25,7 +25,7 @@ from tasks.config import ExportConfig
 @flow(name="personalize", flow_run_name="{stage.name}", persist_result=False)
 def personalize_flow(run_id: str, stage: DreamBoothConfig, root: str = "runs") -> dict[str, Any]:
     """Learn one more subject on the checkpoint that `run_id` personalizes from; nothing of that run is done again."""
-    return personalize_run(flow_run_id(stage.name), run_id, stage, root).execute(PrefectCall(root))
+    return show(personalize_run(flow_run_id(stage.name), run_id, stage, root).execute(PrefectCall(root)))
 
 
 def personalize_run(new_id: str, run_id: str, stage: DreamBoothConfig, root: str) -> Run:
@@ -38,7 +38,7 @@ def personalize_run(new_id: str, run_id: str, stage: DreamBoothConfig, root: str
     about = {"name": stage.name, "flow": "personalize", "config": config.model_dump(mode="json"),
              "subject": stage.model_dump(mode="json"), "personalizes": recorded["run"]}  # fmt: skip
     run = config.run.model_copy(update={"root": root})
-    return Run(new_id, own_specs(config, stage, start), run, about, display=current_display(), given=given)
+    return Run(new_id, own_specs(config, stage, start), run, about, display=PrefectDisplay(), given=given)
 
 
 def own_specs(config: LifecycleConfig, stage: DreamBoothConfig, start: str) -> list[StageSpec]:

@@ -26,6 +26,8 @@ class PlanRow(Config):
     )
     reason: str = Field(description="Why")
     seconds: float | None = Field(default=None, description="Time it took last")
+    memory_bytes: int | None = Field(default=None, description="Peak memory it took last")
+    disk_bytes: int | None = Field(default=None, description="Size of what it made last")
     key: str | None = Field(default=None, description="Content key, when every input is known")
     artifact: Artifact | None = Field(default=None, description="What is reused")
     damaged: bool = Field(default=False, description="There is an artifact, but its record cannot be read")
@@ -46,25 +48,42 @@ def decide(
 ) -> PlanRow:
     """Whether one stage is reused, given the artifacts that are there so far."""
     before = past.get(spec.name)
-    seconds = None if before is None else before.facts.get("seconds")
+    usual = _usual(spec, before)
     waiting = [stage for stage in spec.inputs.values() if stage not in artifacts]
     if waiting:
         differs = changes(spec, {}, before)
         state: Literal["RUN", "RUN?"] = "RUN" if force or differs or before is None else "RUN?"
         why = "forced" if force else "; ".join(differs) or f"{waiting[0]} is made first"
-        return PlanRow(stage=spec.name, state=state, reason=why, seconds=seconds)
+        return PlanRow(stage=spec.name, state=state, reason=why, **usual)
     digests = {role: artifacts[stage].digest for role, stage in spec.inputs.items()}
     key = stage_key(spec, digests)
     try:
         found = store.find(spec.name, key)
     except ArtifactCorrupted as error:
         reason = f"damaged: {error}"
-        return PlanRow(stage=spec.name, state="RUN", reason=reason, seconds=seconds, key=key, damaged=True)
+        return PlanRow(stage=spec.name, state="RUN", reason=reason, key=key, damaged=True, **usual)
     if found is not None and not force:
-        made = found.facts.get("seconds")
-        return PlanRow(stage=spec.name, state="HIT", reason="made before", seconds=made, key=key, artifact=found)
+        return PlanRow(
+            stage=spec.name, state="HIT", reason="made before", key=key, artifact=found, **_usual(spec, found)
+        )
     why = "forced" if force else "; ".join(changes(spec, digests, before)) or "not made yet"
-    return PlanRow(stage=spec.name, state="RUN", reason=why, seconds=seconds, key=key)
+    return PlanRow(stage=spec.name, state="RUN", reason=why, key=key, **usual)
+
+
+def _usual(spec: StageSpec, before: Artifact | None) -> dict[str, Any]:
+    """Time, memory and disk that the stage took last; time in proportion to its training steps."""
+    if before is None:
+        return {}
+    facts, steps, old = before.facts, _steps(spec.versioned), _steps(before.facts.get("versioned", {}))
+    seconds = facts.get("seconds")
+    if seconds is not None and steps and old:
+        seconds = seconds * steps / old
+    return {"seconds": seconds, "memory_bytes": facts.get("peak_memory_bytes"), "disk_bytes": facts.get("bytes")}
+
+
+def _steps(versioned: Mapping[str, Any]) -> int | None:
+    train = versioned.get("train")
+    return train.get("steps") if isinstance(train, dict) else None
 
 
 def changes(spec: StageSpec, digests: Mapping[str, str], before: Artifact | None) -> list[str]:

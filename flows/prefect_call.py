@@ -13,6 +13,7 @@ from infra.config import digest_of
 from infra.stages import StageSpec
 
 Record = dict[str, Any]
+GPU_TAG = "t2i-gpu"  # of training stages: the server lets so many run at once as its limit of this name says
 
 
 class PrefectCall:
@@ -35,6 +36,7 @@ class PrefectCall:
             name=spec.name,
             task_run_name=spec.name,
             description=f"stage function {spec.function}",
+            tags=[GPU_TAG] if spec.runs == "train" else [],
             persist_result=True,
             result_serializer="json",
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _context, _parameters: cache_key),

@@ -13,10 +13,11 @@ from flows.config import RunConfig
 from flows.plan import PlanRow, decide, history, refuse_unknown
 from flows.summary import summarise
 from infra.artifacts import Artifact
+from infra.disk import require_disk
 from infra.errors import GateFailed, LifecycleError
 from infra.logging import run_log
 from infra.stages import StageSpec
-from infra.storage import Store, open_store, require_disk
+from infra.storage import Store, open_store
 from tasks.catalog import Catalog, stage_function
 from tasks.launchers import LocalLauncher, launcher_for
 from tasks.promote import missed_gates

@@ -8,17 +8,24 @@ from prefect import flow
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
-from flows.display import current_display
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Run
+from flows.shown import PrefectDisplay, show
 from infra.config import parse
 from infra.storage import open_store
 
 
 @flow(name="stage", flow_run_name="{stage} of {run_id}", persist_result=False)
 def stage_flow(run_id: str = "latest", stage: str = "report", force: bool = True, root: str = "runs") -> dict[str, Any]:
-    """Run `stage` with the configuration recorded for `run_id`; stages before it are only looked up."""
-    return run_one(run_id, stage, force, root).execute(PrefectCall(root))
+    """Run one stage of a recorded run with that run's settings; stages before it are only looked up.
+
+    Args:
+        run_id: Name of the run, as `t2i status` lists it, or latest
+        stage: Name of the stage
+        force: Make it anew although its result is there
+        root: Where the run's results are kept: folder, file:// or s3://
+    """
+    return show(run_one(run_id, stage, force, root).execute(PrefectCall(root)))
 
 
 def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:
@@ -29,4 +36,4 @@ def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:
     about = {"name": config.name, "config": recorded["config"], "rerun_of": recorded["run"], "force": [stage]}
     forced = [stage] if force else []
     new_id = flow_run_id(config.name)
-    return Run(new_id, stage_specs(config), config.run, about, forced, display=current_display(), only=stage)
+    return Run(new_id, stage_specs(config), config.run, about, forced, display=PrefectDisplay(), only=stage)

@@ -17,10 +17,22 @@ from infra.errors import ConfigError
 C = TypeVar("C", bound=BaseModel)
 
 
-class Config(BaseModel):
-    """Base of every configuration class: immutable, no unknown keys, no NaN or infinity."""
+def _as_form(schema: dict[str, Any]) -> None:
+    """Number and name the fields: Prefect's form sorts by `position` (Postgres keeps no order of keys), shows `title`."""
+    words = re.findall(r"[A-Z][a-z0-9]*", schema.get("title", "").removesuffix("Config"))
+    if words:
+        schema["title"] = " ".join(words).capitalize()
+    for position, (name, field) in enumerate(schema.get("properties", {}).items()):
+        title = name.replace("_", " ").capitalize()
+        field |= {"position": position, "title": f"{title} (leave as it is)" if "const" in field else title}
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+class Config(BaseModel):
+    """Base of every configuration class: immutable, no unknown keys, no NaN or infinity; a form in Prefect's UI."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, json_schema_extra=_as_form
+    )
 
 
 def versioned(config: BaseModel) -> dict[str, Any]:

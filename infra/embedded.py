@@ -11,18 +11,17 @@ import secrets
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlparse
 
 from infra.errors import ConfigError, LifecycleError
+from infra.prefect_template import keep_template, start_from_template
 from infra.stages import Resources
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,7 @@ UNUSED_SERVICES = (
     "REPOSSESSOR",
     "PAUSE_EXPIRATIONS",
 )
+AUTH = "PREFECT_SERVER_API_AUTH_STRING"
 _CREDENTIALS = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_PROFILE")
 
 
@@ -117,10 +117,26 @@ def healthy(url: str) -> bool:
         return False
 
 
-class PrefectServer:
-    """One server process on 127.0.0.1, starting at once: do other work, then `wait`, use `url`, `stop`."""
+def refuse_open_door(host: str, password: str) -> None:
+    """A server that others can reach must ask for a password."""
+    if host not in ("127.0.0.1", "localhost", "::1") and ":" not in password.strip(":"):
+        raise ConfigError(
+            f"a server on {host} can be reached from other machines and would let everybody start code here; "
+            f"set {AUTH}=user:password first, or stay on 127.0.0.1"
+        )
 
-    def __init__(self, home: Path, port: int | None = None, all_services: bool = False) -> None:
+
+class PrefectServer:
+    """One server process, starting at once: do other work, then `wait`, use `url`, `stop`.
+
+    It listens on 127.0.0.1, or on `host`, which must be loopback unless `more` (its environment) asks for a password.
+    """
+
+    def __init__(
+        self, home: Path, port: int | None = None, all_services: bool = False, host: str = "127.0.0.1",
+        more: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        refuse_open_door(host, (more or {}).get(AUTH, ""))
         if port is not None and port_taken(port):
             raise ConfigError(f"port {port} on 127.0.0.1 is in use; choose another one with --port")
         self.home = home.absolute()
@@ -129,11 +145,11 @@ class PrefectServer:
         self.log = self.home / "server.log"
         self.shared = all_services  # a run's own server ends with it, so no other run may lean on it
         self.home.mkdir(parents=True, exist_ok=True)
-        self._is_new = not _start_from_template(self.home)
+        self._is_new = not start_from_template(self.home)
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "infra.prefect_process", str(self.port), str(os.getpid())],
-                env=self._environment(all_services),
+                [sys.executable, "-P", "-m", "infra.prefect_process", host, str(self.port), str(os.getpid())],
+                env={**self._environment(all_services), **(more or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -169,7 +185,7 @@ class PrefectServer:
         if self.shared:
             (self.home / STATE).write_text(json.dumps({"url": self.url, "pid": self.process.pid}))
         if self._is_new:
-            _keep_template(self.home)
+            keep_template(self.home)
 
     def stop(self) -> None:
         """End the process and its group, by force if it takes long."""
@@ -183,33 +199,6 @@ class PrefectServer:
                 return
             except subprocess.TimeoutExpired:
                 log.debug("Prefect server did not end on signal %s", number)
-
-
-def _template() -> Path:
-    base = Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i-lifecycle")
-    return base / f"prefect-{metadata.version('prefect')}.db"
-
-
-def _start_from_template(home: Path) -> bool:
-    """Give a new home the empty database that an earlier one migrated (8 s less); True when it has a database now."""
-    database = home / "prefect.db"
-    if not database.exists() and _template().exists():
-        partial = home / f".prefect-{os.getpid()}.db"
-        shutil.copyfile(_template(), partial)
-        partial.replace(database)
-    return database.exists()
-
-
-def _keep_template(home: Path) -> None:
-    try:
-        _template().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=_template().parent, suffix=".db")
-        os.close(handle)
-        with closing(sqlite3.connect(home / "prefect.db")) as source, closing(sqlite3.connect(name)) as target:
-            source.backup(target)
-        Path(name).replace(_template())
-    except (OSError, sqlite3.Error) as error:
-        log.debug("no template of Prefect's database was kept: %s", error)
 
 
 @contextmanager

@@ -136,6 +136,15 @@ class LocalFiles:
         """Replace a file atomically."""
         write_atomically(self._folder / path, data)
 
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """Replace a file if it still holds `expected` (None: if there is none)."""
+        with (self._folder / ".swap").open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if self.read(path) != expected:
+                return False
+            self.write(path, data)
+            return True
+
     def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool:
         """Flush `folder` with its record inside, then rename it into place; False when another was there first."""
         target = self._folder / entry
@@ -195,6 +204,10 @@ class LocalFiles:
     def remove(self, entry: str) -> None:
         """Take an entry away in one rename, then delete it."""
         self._trash(self._folder / entry)
+
+    def erase(self, path: str) -> None:
+        """Delete one file."""
+        (self._folder / path).unlink(missing_ok=True)
 
     def names(self, path: str) -> list[str]:
         """Names in a folder, sorted, hidden ones left out."""

@@ -1,4 +1,4 @@
-"""The process of our Prefect server: `python -m infra.prefect_process PORT PARENT`, ended by Linux with its parent.
+"""The process of our Prefect server: `python -m infra.prefect_process HOST PORT PARENT`, ended by Linux with its parent.
 
 Prefect's own command does more than we need and costs a second; the garbage collector rests while modules load.
 """
@@ -20,8 +20,8 @@ def end_with(parent: int) -> None:
         raise SystemExit("the process that started the Prefect server is gone")
 
 
-def main(port: int, parent: int) -> None:
-    """Serve Prefect's API and UI on 127.0.0.1 until SIGTERM."""
+def main(host: str, port: int, parent: int) -> None:
+    """Serve Prefect's API and UI until SIGTERM."""
     end_with(parent)
     gc.disable()
     import uvicorn
@@ -30,8 +30,8 @@ def main(port: int, parent: int) -> None:
     app = create_app(final=True)
     gc.freeze()
     gc.enable()
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+    uvicorn.run(app, host=host, port=port, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -27,6 +27,7 @@ from infra.local_files import holder_record, holder_text, sync_tree
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 90.0  # a lock not renewed for this long belongs to a dead run
+READ_TRIES = 5
 _MISSING = {"404", "NoSuchKey", "NotFound", "NoSuchBucket"}
 _CONFLICT = {"412", "409", "PreconditionFailed", "ConditionalRequestConflict"}
 
@@ -38,7 +39,7 @@ def cache_folder(root: str) -> Path:
 
 
 def _code(error: Exception) -> str:
-    response: dict[str, Any] = getattr(error, "response", {})
+    response: dict[str, Any] = getattr(error, "response", None) or {}  # None: the connection broke
     return str(response.get("Error", {}).get("Code", ""))
 
 
@@ -85,19 +86,30 @@ class S3Objects:
         return self._read(path)[0]
 
     def _read(self, path: str) -> tuple[bytes | None, dict[str, Any]]:
-        try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(path))
-        except self._errors as error:
-            if _code(error) in _MISSING:
-                return None, {}
-            raise LifecycleError(
-                f"{self.uri(path)} cannot be read: {error}; check the network and run again"
-            ) from error
-        return bytes(answer["Body"].read()), answer
+        for tries_left in reversed(range(READ_TRIES)):  # boto3 tries requests again, but not a body that breaks off
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._key(path))
+                return bytes(answer["Body"].read()), answer
+            except (*self._errors, OSError) as error:
+                if _code(error) in _MISSING:
+                    return None, {}
+                if not tries_left:
+                    raise LifecycleError(
+                        f"{self.uri(path)} cannot be read: {error}; check the network and run again"
+                    ) from error
+        raise AssertionError
 
     def write(self, path: str, data: bytes) -> None:
         """Replace an object (S3 puts are atomic)."""
         self._put_if(path, data)
+
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """Replace an object if it still holds `expected` (None: if there is none)."""
+        body, answer = self._read(path)
+        if body != expected:
+            return False
+        condition = {"IfNoneMatch": "*"} if body is None else {"IfMatch": str(answer["ETag"])}
+        return self._put_if(path, data, **condition) is not None
 
     def _put_if(self, path: str, data: bytes, **condition: str) -> str | None:
         """Put under IfNoneMatch or IfMatch; the new ETag, or None when the condition did not hold."""
@@ -105,7 +117,8 @@ class S3Objects:
             answer = self._client.put_object(Bucket=self._bucket, Key=self._key(path), Body=data, **condition)
         except self._errors as error:
             if condition and _code(error) in _CONFLICT | _MISSING:
-                return None
+                body, there = self._read(path)  # our own, when the answer to it was lost and the put was tried again
+                return str(there["ETag"]) if body == data else None
             raise LifecycleError(f"{self.uri(path)} cannot be written: {error}; run again") from error
         return str(answer["ETag"])
 
@@ -171,6 +184,10 @@ class S3Objects:
             keys = [{"Key": item["Key"]} for item in page.get("Contents", [])]
             if keys:
                 self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+
+    def erase(self, path: str) -> None:
+        """Delete one object."""
+        self._client.delete_object(Bucket=self._bucket, Key=self._key(path))
 
     def _pages(self, path: str, **options: str) -> Iterator[dict[str, Any]]:
         prefix = self._key(path) + "/" if self._key(path) else ""

@@ -1,9 +1,8 @@
 """The store: artifacts under <root>/<stage>/<key>, run records under <root>/runs; `artifact.json` present means done."""
 
+import hashlib
 import json
 import logging
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -13,16 +12,17 @@ from urllib.parse import urlparse
 
 from pydantic import ValidationError
 
-from infra.artifacts import RECORD, Artifact, FileEntry, difference, folder_digest, listing_digest
+from infra.artifacts import RECORD, Artifact, FileEntry, folder_digest, listing_digest
 from infra.config import canonical_json, digest_of
 from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
+from infra.records import NAME, checked, is_record, run_record, wrong_in
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-_RESERVED = {"runs"}
+_RESERVED = {"runs", "pointers"}
 Listing = list[FileEntry]
 Runs = list[dict[str, Any]]
+Listed = list[str]  # Store.list hides the built-in name
 _verified: set[tuple[str, str]] = set()  # (uri, digest) whose every byte this process has already checked
 
 
@@ -36,10 +36,12 @@ class Backend(Protocol):
     def data_path(self, entry: str, digest: str) -> str: ...
     def read(self, path: str) -> bytes | None: ...
     def write(self, path: str, data: bytes) -> None: ...
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool: ...
     def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool: ...
     def fetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path: ...
     def refetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path | None: ...
     def remove(self, entry: str) -> None: ...
+    def erase(self, path: str) -> None: ...
     def names(self, path: str) -> list[str]: ...
     def lock(self) -> AbstractContextManager[None]: ...
 
@@ -50,6 +52,7 @@ class Store:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.root = backend.root
+        self.scratch_root = backend.scratch  # this machine's working folders
 
     # -- artifacts
 
@@ -76,9 +79,9 @@ class Store:
         folder = self._backend.fetch(entry, stored.digest, files)
         if (artifact.uri, artifact.digest) in _verified and folder.is_dir():
             return folder
-        wrong = _wrong(folder, stored.digest, files)
+        wrong = wrong_in(folder, stored.digest, files)
         if wrong and (fresh := self._backend.refetch(entry, stored.digest, files)) is not None:
-            folder, wrong = fresh, _wrong(fresh, stored.digest, files)
+            folder, wrong = fresh, wrong_in(fresh, stored.digest, files)
         if wrong:
             raise ArtifactCorrupted(
                 f"artifact of stage {stage!r} is corrupted: {wrong}; `t2i rerun RUN {stage}` builds it again",
@@ -88,9 +91,33 @@ class Store:
         _verified.add((artifact.uri, artifact.digest))
         return folder
 
+    def listing(self, artifact: Artifact) -> Listing:
+        """Path, size and sha256 of every file of an artifact."""
+        found = self._record(*self._place(artifact))
+        return [] if found is None else found[1]
+
+    def read(self, artifact: Artifact, path: str) -> bytes:
+        """One file of an artifact, checked against its listing, without fetching the others."""
+        stage, key = self._place(artifact)
+        listed = {entry.path: entry for entry in self.listing(artifact)}
+        if path not in listed:
+            raise ConfigError(
+                f"artifact {artifact.uri} has no file {path}; it has {', '.join(sorted(listed)[:9]) or 'none'}"
+            )
+        entry = f"{stage}/{key}"
+        data = self._backend.read(f"{self._backend.data_path(entry, artifact.digest)}/{path}")
+        if data is None or hashlib.sha256(data).hexdigest() != listed[path].sha256:
+            raise ArtifactCorrupted(
+                f"artifact of stage {stage!r} is corrupted: {path} is missing or damaged; "
+                f"`t2i rerun RUN {stage}` builds it again",
+                stage,
+                key,
+            )
+        return data
+
     def scratch(self, stage: str, key: str) -> Path:
         """A local working folder of one stage key that survives kills; the caller removes what it no longer needs."""
-        folder = self._backend.scratch / f"{_checked(stage)}-{_checked(key)[:16]}"
+        folder = self._backend.scratch / f"{checked(stage)}-{checked(key)[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -98,9 +125,9 @@ class Store:
         self, stage: str, key: str, kind: str, folder: Path, parents: Iterable[str], facts: dict[str, Any]
     ) -> Artifact:
         """Move `folder` into the store, its record last; who loses a race gets the winner's artifact."""
-        if _checked(stage) in _RESERVED or not _checked(key):
+        if checked(stage) in _RESERVED or not checked(key):
             raise ConfigError(f"a stage cannot be called {stage!r}; choose another name")
-        if (folder / RECORD).exists() and not _is_record(folder / RECORD):
+        if (folder / RECORD).exists() and not is_record(folder / RECORD):
             raise LifecycleError(f"stage {stage!r} wrote {RECORD}, a name the store keeps for itself; rename that file")
         digest, files = folder_digest(folder)
         if not files:
@@ -134,7 +161,7 @@ class Store:
 
     def discard_entry(self, stage: str, key: str) -> None:
         """Remove whatever lies at a stage key, readable or not (`ArtifactCorrupted` carries both names)."""
-        entry = f"{_checked(stage)}/{_checked(key)}"
+        entry = f"{checked(stage)}/{checked(key)}"
         self._backend.remove(entry)
         gone = {pair for pair in _verified if pair[0].startswith(self._backend.uri(entry))}
         _verified.difference_update(gone)
@@ -142,24 +169,33 @@ class Store:
     def list(self) -> Iterator[Artifact]:
         """Every committed artifact; an unreadable record is logged and passed over."""
         for stage in self._backend.names(""):
-            if stage in _RESERVED or not _NAME.match(stage):
+            if stage in _RESERVED or not NAME.match(stage):
                 continue
             for key in self._backend.names(stage):
                 try:
-                    found = self.find(stage, key) if _NAME.match(key) else None
+                    found = self.find(stage, key) if NAME.match(key) else None
                 except ArtifactCorrupted as error:
                     log.warning("%s", error)
                     continue
                 if found is not None:
                     yield found
 
+    def key_of(self, artifact: Artifact) -> str:
+        """The key an artifact lies under."""
+        return self._place(artifact)[1]
+
+    def size(self, stage: str, key: str) -> int:
+        """Bytes of an artifact's files, from its record."""
+        found = self._record(stage, key)
+        return 0 if found is None else sum(item.size for item in found[1])
+
     # -- run records
 
     def write_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Write the record of a run whole; its first `started` time stays."""
-        path = f"runs/{_checked(run_id)}.json"
+        path = f"runs/{checked(run_id)}.json"
         before = self._backend.read(path)
-        started = _run_record(before, run_id)["started"] if before else datetime.now(UTC).isoformat()
+        started = run_record(before, run_id)["started"] if before else datetime.now(UTC).isoformat()
         body = {"run": run_id, "started": started, **record}
         self._backend.write(path, (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
@@ -170,18 +206,36 @@ class Store:
             if not runs:
                 raise ConfigError(f"there is no run under {self.root}; start one with `t2i run PRESET`")
             return runs[0]
-        data = self._backend.read(f"runs/{_checked(run_id)}.json")
+        data = self._backend.read(f"runs/{checked(run_id)}.json")
         if data is None:
             known = ", ".join(run["run"] for run in self.list_runs()[:5]) or "none"
             raise ConfigError(f"there is no run {run_id!r} under {self.root}; latest runs: {known}")
-        return _run_record(data, run_id)
+        return run_record(data, run_id)
 
     def list_runs(self) -> Runs:
         """Every run record, the one that started last first."""
         names = [name for name in self._backend.names("runs") if name.endswith(".json")]
         read = [(name, self._backend.read(f"runs/{name}")) for name in names]
-        runs = [_run_record(data, name) for name, data in read if data is not None]
+        runs = [run_record(data, name) for name, data in read if data is not None]
         return sorted(runs, key=lambda run: (str(run["started"]), str(run["run"])), reverse=True)
+
+    def forget_run(self, run_id: str) -> None:
+        """Remove the record of a run; what it made stays until nothing needs it."""
+        self._backend.erase(f"runs/{checked(run_id)}.json")
+
+    # -- pointers: the only things in a store that change
+
+    def pointers(self) -> Listed:
+        """Names of the pointers."""
+        return [name.removesuffix(".json") for name in self._backend.names("pointers") if name.endswith(".json")]
+
+    def read_pointer(self, name: str) -> bytes | None:
+        """What a pointer says; None when there is none."""
+        return self._backend.read(f"pointers/{checked(name)}.json")
+
+    def swap_pointer(self, name: str, expected: bytes | None, data: bytes) -> bool:
+        """Make it say `data` if it still says `expected`; False when another was faster."""
+        return self._backend.swap(f"pointers/{checked(name)}.json", expected, data)
 
     def lock(self) -> AbstractContextManager[None]:
         """Held for the length of a run: one run per root; the error names the process that holds it."""
@@ -199,7 +253,7 @@ class Store:
         return parts[0], parts[1]
 
     def _record(self, stage: str, key: str) -> tuple[Artifact, Listing] | None:
-        entry = f"{_checked(stage)}/{_checked(key)}"
+        entry = f"{checked(stage)}/{checked(key)}"
         data = self._backend.read(f"{entry}/{RECORD}")
         if data is None:
             return None
@@ -223,36 +277,6 @@ class Store:
         return artifact, files
 
 
-def _wrong(folder: Path, digest: str, files: list[FileEntry]) -> str | None:
-    if not folder.is_dir():
-        return f"{folder} is missing"
-    found_digest, found = folder_digest(folder)
-    return None if found_digest == digest else difference(folder, files, found)
-
-
-def _is_record(path: Path) -> bool:
-    """True for a record that a killed commit left in the folder it was about to move."""
-    try:
-        body = json.loads(path.read_bytes())
-    except ValueError:
-        return True  # cut short
-    return isinstance(body, dict) and {"seal", "format", "files"} <= body.keys()
-
-
-def _checked(name: str) -> str:
-    if not _NAME.match(name):
-        raise ConfigError(f"{name!r} cannot be part of a path; use letters, digits, dot, dash and underscore")
-    return name
-
-
-def _run_record(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(data)
-        return {"run": record["run"], "started": record["started"], **record}
-    except (ValueError, KeyError, TypeError) as error:
-        raise LifecycleError(f"run record {name} is damaged ({error}); remove that file under runs/") from error
-
-
 def open_store(root: str | Path, create: bool = True) -> Store:
     """The store at a path, a file:// or an s3:// address; with `create`, the root is made and proved writable."""
     text = str(root)
@@ -268,20 +292,3 @@ def open_store(root: str | Path, create: bool = True) -> Store:
             return Store(S3Objects(text, create))
         case _:
             raise ConfigError(f"root {text!r} has scheme {scheme!r}; use a path, file:///path or s3://bucket/prefix")
-
-
-def require_disk(root: str | Path, needed: int) -> None:
-    """Refuse to start when the disk under a local `root` has less than `needed` bytes free."""
-    if str(root).startswith("s3://"):
-        return
-    from infra.local_files import local_path
-
-    place = local_path(str(root))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ConfigError(
-            f"disk under {root} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB; "
-            "free some space or choose another place with --root"
-        )

@@ -69,6 +69,9 @@ class EvaluateConfig(Config):
     strict_gates: bool = Field(
         default=False, description="Fail this stage when a gate is missed, instead of only reporting it"
     )
+    refuse_collapsed: bool = Field(
+        default=True, description="Fail this stage when a checkpoint draws black, constant, noisy or always the same"
+    )
     diversity_prompts: int = Field(
         default=12, ge=0, description="Prompts drawn several times for the diversity within a prompt"
     )

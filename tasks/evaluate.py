@@ -15,7 +15,7 @@ from data_curation.scenes import draw_batch
 from infra.errors import ConfigError, GateFailed
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
-from models.evaluation.gates import Verdict, judge_gate, paired_difference
+from models.evaluation.gates import Verdict, judge_collapse, judge_gate, paired_difference
 from models.evaluation.judge import SIDE, Judge, area_average
 from models.sampling.generate import load_generator
 from tasks.config import EvaluateConfig
@@ -215,16 +215,27 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     scores = {stage: sheet.scores for stage, sheet in sheets.items()}
     answers = {stage: sheet.answers for stage, sheet in sheets.items()}
     verdicts = [judge_gate(gate, scores, answers) for gate in config.gates]
+    collapse = collapse_verdicts(config, drawn)
     record = {
-        "scores": scores, "real": real.scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts,
+        "scores": scores, "real": real.scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts, "collapse": collapse,
         "detail": {stage: sheet.detail() for stage, sheet in sheets.items()}, "calibration": judge.calibration,
         "sets": {label: {"prompts": len(a.prompts), "side": a.side} for label, a in lists.items()},
     }  # fmt: skip
     (ctx.out / "scores.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     write_samples(ctx.out, judge, lists[GRID], {stage: pictures[GRID] for stage, pictures in drawn.items()})
-    if config.strict_gates:
-        raise_missed(verdicts)
-    return {"scores": scores, "gates": verdicts, "checkpoints": len(checkpoints)}
+    raise_missed([*(verdicts if config.strict_gates else ()), *(collapse if config.refuse_collapsed else ())])
+    return {"scores": scores, "gates": verdicts, "collapse": collapse, "checkpoints": len(checkpoints)}
+
+
+def collapse_verdicts(config: EvaluateConfig, drawn: Mapping[str, Mapping[str, np.ndarray]]) -> list[Verdict]:
+    """One verdict per checkpoint on the first prompt list that it answers."""
+    labels = [label_of(chosen) for chosen in config.sets]
+    found = []
+    for stage, pictures in drawn.items():
+        label = next((label for label in labels if label in pictures), None)
+        if stage != REAL and label is not None and len(pictures[label]) > 1:
+            found.append(judge_collapse(stage, pictures[label], drawn[REAL][label]))
+    return found
 
 
 def raise_missed(verdicts: list[Verdict]) -> None:

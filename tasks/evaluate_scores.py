@@ -9,15 +9,20 @@ import numpy as np
 
 from data_curation.scenes import draw_batch
 from models.evaluation.collapse import collapsed
+from models.evaluation.density_coverage import density_coverage
 from models.evaluation.distances import kernel_distance
 from models.evaluation.diversity import diversity
 from models.evaluation.intervals import Score, bootstrap, wilson
 from models.evaluation.judge import SIDE, Judge
+from models.evaluation.precision_recall import precision_recall
+from models.evaluation.prompt_categories import Asked, by_category, seen
+from models.evaluation.vendi import vendi_score
 from models.posttraining.reward import judge_reward
 from tasks.config import EvaluateConfig, PromptSetConfig
 from tasks.evaluate_prompts import Prompts, reference_scenes
 
 SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
+NEIGHBOURS = 5  # of density and coverage
 HEADS = {
     "layout": "layout_accuracy",
     "object": "object_accuracy",
@@ -33,12 +38,17 @@ class Sheet:
     scores: dict[str, Score] = field(default_factory=dict)
     answers: dict[str, np.ndarray] = field(default_factory=dict)
     by_layout: dict[str, dict[str, Score]] = field(default_factory=dict)
+    by_category: dict[str, dict[str, Score]] = field(default_factory=dict)
+    manifold: dict[str, float] = field(default_factory=dict)
     collapse: dict[str, float] = field(default_factory=dict)
     p_value: float | None = None
 
     def detail(self) -> dict[str, Any]:
         """What stands beside the scores in scores.json."""
-        return {"by_layout": self.by_layout, "collapse": self.collapse, "kernel_distance_p_value": self.p_value}
+        return {
+            "by_layout": self.by_layout, "by_category": self.by_category, "manifold": self.manifold,
+            "collapse": self.collapse, "kernel_distance_p_value": self.p_value,
+        }  # fmt: skip
 
 
 def label_of(chosen: PromptSetConfig) -> str:
@@ -73,6 +83,10 @@ def score_set(
     sheet.by_layout[label_of(chosen)] = {
         str(name): wilson(verdict["all"][layouts == name]) for name in np.unique(layouts)
     }
+    asked = [Asked.of(scene) for scene in prompts.scenes]
+    sheet.by_category[label_of(chosen)] = {
+        name: wilson(values) for name, values in by_category(asked, seen(judge, images)).items() if name != "all"
+    }
     sheet.collapse[label_of(chosen)] = round(float(collapsed(images)["any"].mean()), 5)
 
 
@@ -98,7 +112,13 @@ def score_distance(
 ) -> None:
     """Kernel distance to real renders of the same scenes, with the floor beside it."""
     rng = np.random.default_rng([config.seed, 6])
-    found = kernel_distance(judge.features(images), reference.features, config.bootstrap, rng)
+    features = judge.features(images)
+    found = kernel_distance(features, reference.features, config.bootstrap, rng)
+    if len(features) > NEIGHBOURS:
+        pairs = zip(("precision", "recall"), precision_recall(features, reference.features), strict=True)
+        more = zip(("density", "coverage"), density_coverage(features, reference.features, NEIGHBOURS), strict=True)
+        figures = dict(pairs) | dict(more) | {"vendi": vendi_score(features)}
+        sheet.manifold = {name: round(value, 5) for name, value in figures.items()}
     sheet.scores |= {"kernel_distance": found.score, "kernel_distance_floor": reference.floor}
     sheet.p_value = round(found.p_value, 5)
 

@@ -26,6 +26,9 @@ from tasks.stage import Job, Launcher, Report, perform
 log = logging.getLogger(__name__)
 
 JOB_POLL_SECONDS = 1.0
+STOP_SECONDS = 20.0
+ALIVE = ("PENDING", "RUNNING")
+HANDED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "PYTHONPATH")  # to a job; keys and tokens are the cluster's own
 ERROR_MARK = "T2I-ERROR "
 PROGRESS_MARK = "T2I-PROGRESS "
 
@@ -111,6 +114,7 @@ class RayJobLauncher:
     def __init__(self, resources: Resources) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        self.resources = resources
         self.client = JobSubmissionClient(resources.ray_address or "http://127.0.0.1:8265")
         self.running: str | None = None
 
@@ -127,8 +131,11 @@ class RayJobLauncher:
     def close(self) -> None:
         """Stop the job that is being waited for."""
         submission, self.running = self.running, None
-        if submission is not None:
+        if submission is not None and self._state(submission) in ALIVE:
             self.client.stop_job(submission)
+            deadline = time.monotonic() + STOP_SECONDS
+            while self._state(submission) in ALIVE and time.monotonic() < deadline:
+                time.sleep(JOB_POLL_SECONDS / 4)
 
     def _submit(self, job: Job) -> str:
         attempt = 0
@@ -137,7 +144,7 @@ class RayJobLauncher:
             match self._state(submission):
                 case None:
                     return self._start(submission, job)
-                case "PENDING" | "RUNNING":
+                case state if state in ALIVE:
                     log.info("job %s runs already; waiting for it", submission)
                     return submission
                 case _:
@@ -150,8 +157,9 @@ class RayJobLauncher:
                 started: str = self.client.submit_job(
                     entrypoint="python -m tasks.worker --spec spec.json",
                     submission_id=submission,
-                    runtime_env={"working_dir": folder, "env_vars": {"RAY_TRAIN_V2_ENABLED": "1"}},
-                    metadata={"stage": job.spec.name, "key": job.key},
+                    runtime_env={"working_dir": folder, "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", **handed_on()}},
+                    metadata={"stage": job.spec.name, "key": job.key, "root": job.root},
+                    entrypoint_num_cpus=0,  # it only waits; the workers it starts ask for what they need
                 )
             except RuntimeError:
                 if self._state(submission) is None:
@@ -170,7 +178,7 @@ class RayJobLauncher:
     def _wait(self, submission: str, job: Job, report: Report) -> str:
         while True:
             state = self._state(submission)
-            if state not in ("PENDING", "RUNNING"):
+            if state not in ALIVE:
                 return state or "LOST"
             progress = self.client.get_job_logs(submission).rpartition(PROGRESS_MARK)[2].partition("\n")[0]
             if progress.startswith("["):
@@ -189,3 +197,8 @@ class RayJobLauncher:
             f"stage {job.spec.name!r} failed: Ray job {submission} ended as {state}: {last[0]}; "
             f"`ray job logs {submission}` has the rest"
         )
+
+
+def handed_on() -> dict[str, str]:
+    """Variables of this process that a job needs too, none of them secret."""
+    return {name: os.environ[name] for name in HANDED_ON if name in os.environ}

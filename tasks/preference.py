@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load_file
 
 from data_curation import scenes as demo
 from data_curation.dataset import Batch as Rows
+from data_curation.preference_table import read_comparisons
 from infra.arrays import save_arrays
 from infra.errors import DataRefused
 from infra.stages import StageContext
@@ -25,9 +25,10 @@ from models.evaluation.judge import Judge
 from models.networks import families
 from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
-from models.posttraining.config import DpoConfig, GuardConfig, PairsConfig
+from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
 from models.posttraining.guards import Guard
+from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pairs, split_of, write_pairs
 from models.posttraining.reward import JudgeReward, judge_reward
 from models.sampling.generate import load_generator
 from tasks.online import Prompts, guard_of, published, sampling_of, written
@@ -74,6 +75,22 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     pq.write_table(table, ctx.out / "pairs.parquet")
     return {"prompts": config.prompts, "pairs": len(kept), "ties": config.prompts - len(kept),
             "mean_reward": float(rewards.mean()), "mean_gap": float(gaps[kept].mean())}  # fmt: skip
+
+
+def import_pairs(config: ImportPairsConfig, ctx: StageContext) -> dict[str, Any]:
+    """Pairs of a published table in our form; what is dropped is counted by reason."""
+    found, dropped = read_comparisons(Path(config.table).expanduser(), config.side)
+    if not found:
+        raise DataRefused(f"{config.table} has no usable pair ({dropped}); give a table with labels and pictures")
+    pairs = PreferencePairs(
+        tuple(row.prompt for row in found), np.stack([row.winner for row in found]),
+        np.stack([row.loser for row in found]), (config.source,) * len(found),
+        np.array([row.strength for row in found]),
+        tuple(split_of(row.prompt, config.held_out, config.seed) for row in found),
+    )  # fmt: skip
+    write_pairs(pairs, ctx.out)
+    return {"received": len(found) + sum(dropped.values()), "pairs": len(found), "dropped": dropped,
+            "held_out": sum(side != TRAIN for side in pairs.split)}  # fmt: skip
 
 
 def _rollout(item: tuple[PairsConfig, Path, list[str], list[int]]) -> np.ndarray:
@@ -141,8 +158,8 @@ def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: Trai
 
 def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]:
     """This worker's pairs as a pure function of the step: a fresh permutation each epoch."""
-    pictures = load_file(ctx.inputs["pairs"] / "pairs.safetensors")
-    prompts = pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["prompt"].to_pylist()
+    pairs = read_pairs(ctx.inputs["pairs"]).of(TRAIN)
+    pictures, prompts = {"winner": pairs.winner, "loser": pairs.loser}, list(pairs.prompts)
     distinct = list(dict.fromkeys(prompts))
     around = families.surroundings(ctx.inputs["init"], read_card(ctx.inputs["init"]))
     encoded = [around.encode(distinct[at : at + CHUNK]) for at in range(0, len(distinct), CHUNK)]

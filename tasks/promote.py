@@ -1,4 +1,4 @@
-"""Stage function that lets a candidate checkpoint through its gate; the newest `promoted` artifact is the current model."""
+"""Stage function that lets a candidate checkpoint through its gate; the flow then moves the pointer to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PromoteConfig(Config):
 
 
 def promote(config: PromoteConfig, ctx: StageContext) -> dict[str, Any]:
-    """Point at the candidate, or refuse it when its evaluation missed a gate."""
+    """Let the candidate through, or refuse it when its evaluation missed a gate."""
     candidate = ctx.parents["candidate"]
     missed = missed_gates(ctx.parents["scores"].facts)
     if missed:

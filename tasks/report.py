@@ -20,6 +20,7 @@ from tasks.report_tables import (
     guard_rows,
     layout_rows,
     lineage_rows,
+    prompt_rows,
     score_rows,
     versions,
 )
@@ -65,7 +66,7 @@ def render(
     )  # fmt: skip
     text: str = environment.get_template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
-        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained),
+        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
         curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),

@@ -206,3 +206,17 @@ def guard_rows(ctx: StageContext, trained: Sequence[str]) -> list[dict[str, Any]
             rows.append({**look, "stage": role, "drift": max(look["drift"]), "taken": look["step"] == found["taken"]})
         rows[-1]["reasons"] = found["reasons"]
     return rows
+
+
+def prompt_rows(ctx: StageContext) -> dict[str, Any]:
+    """What rewriting prompts did: scores as typed and as rewritten, and the prompts whose pictures were kept."""
+    folder = ctx.inputs.get("prompts")
+    if folder is None:
+        return {}
+    record = json.loads((folder / "prompts.json").read_text())
+    rows = []
+    for i, row in enumerate(record["rows"]):
+        paths = {name: folder / name / f"{i}.png" for name in ("typed", "rewritten")}
+        if all(path.exists() for path in paths.values()):
+            rows.append(row | {"pictures": {name: data_uri(path.read_bytes()) for name, path in paths.items()}})
+    return {"scores": record["scores"], "rows": rows}

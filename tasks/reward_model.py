@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load_file
 
 from infra.errors import DataRefused
 from infra.stages import StageContext
@@ -24,6 +22,7 @@ from models.networks.discriminator import text_vector
 from models.networks.image_encoder import ImageEncoder
 from models.posttraining.calibration import calibration_error, temperature
 from models.posttraining.config import RewardModelConfig
+from models.posttraining.preference_pairs import TRAIN, read_pairs
 from models.posttraining.reward_model import IMAGE_DIM, BradleyTerry, RewardModel, Scorer, image_features
 from tasks.training_data import to_model
 
@@ -51,19 +50,12 @@ def part_of(prompt: str, validation: float, seed: int) -> str:
 
 def open_pairs(config: RewardModelConfig, ctx: StageContext) -> Pairs:
     """Read, refuse what is no preference, encode, turn the planted share round."""
-    pictures = load_file(ctx.inputs["pairs"] / "pairs.safetensors")
-    table = pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")
-    prompts, strength = table["prompt"].to_pylist(), table["strength"].to_numpy()
-    sizes = {name: value.shape for name, value in pictures.items()}
-    if sizes["winner"] != sizes["loser"] or len(pictures["winner"]) != len(prompts):
-        raise DataRefused(f"pairs: {len(prompts)} rows with pictures {sizes}; make the pairs again")
-    ties = np.flatnonzero(~(strength > 0))
-    if len(ties):
-        raise DataRefused(f"pairs: row {ties[0]} has strength {strength[ties[0]]}; drop ties, keep strengths above 0")
+    pairs = read_pairs(ctx.inputs["pairs"]).of(TRAIN)
+    prompts = list(pairs.prompts)
     encoder, distinct = ImageEncoder(), list(dict.fromkeys(prompts))
     text = text_vector(*text_encoder.encode(distinct, MAX_TOKENS))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    winner, loser = (encoded(encoder, pictures[side]) for side in ("winner", "loser"))
+    winner, loser = (encoded(encoder, side) for side in (pairs.winner, pairs.loser))
     turned = np.random.default_rng([config.train.seed, 79]).random(len(prompts)) < config.label_noise
     swap = torch.from_numpy(turned)[:, None]
     winner, loser = torch.where(swap, loser, winner), torch.where(swap, winner, loser)

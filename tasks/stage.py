@@ -26,6 +26,7 @@ from tasks.catalog import Catalog, stage_function
 
 log = logging.getLogger(__name__)
 
+EVENTS = "tensorboard"  # folder of a training stage's event files inside its scratch folder
 Status = Literal["ran", "reused"]
 Report = Callable[[str, int, int, Mapping[str, float]], None]  # (stage, done, total, metrics)
 
@@ -121,9 +122,13 @@ def perform(
     _wait_for_ranks()
     if rank != 0:
         return None
-    facts = {**facts, **_measured(job, time.perf_counter() - started)}
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    facts = {**facts, **_measured(job, time.perf_counter() - started), "bytes": num_bytes}
     parents = [artifact.digest for _, artifact in sorted(job.inputs.items())]
     artifact = store.commit(spec.name, job.key, spec.kind, out, parents, facts)
+    if (work / EVENTS).is_dir():  # for TensorBoard; they hold times, so they are no part of the artifact
+        kept = store.scratch_root.parent / ".tensorboard" / f"{spec.name}-{job.key[:12]}"
+        shutil.copytree(work / EVENTS, kept, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     return artifact
 

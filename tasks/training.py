@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,24 @@ from models.engine.objective import Batch, Objective
 from models.engine.weights import with_weights
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
+from models.networks.codec import factor_of
 from models.networks.config import LoraConfig
 from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
 from models.personalization.lora import add_lora, merge, save_forms, stacked
 from models.personalization.lora_import import read as read_adapter
 from models.pretraining.config import FlowMatchingConfig, ShiftConfig
+from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
+from models.pretraining.densities import histogram
+from models.pretraining.encoder_free import Dispersive, SelfAlignment
 from models.pretraining.flow_matching import FlowMatching
-from models.pretraining.repa import Projector, Repa
+from models.pretraining.repa import Alignment, Projector, Repa, projector_of
 from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
 PIXEL_CHANNELS = 3
+PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
@@ -83,29 +88,40 @@ def run_training(
         write_metrics(trainer.rows, ctx.out / "metrics.jsonl")
         if grids.exists():
             shutil.copytree(grids, ctx.out / "grids", dirs_exist_ok=True)
-    return {"steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1]}
+    snapshots = ctx.scratch / "snapshots"
+    if world()[0] == 0 and snapshots.exists():
+        shutil.copytree(snapshots, ctx.out / "ema-snapshots", dirs_exist_ok=True)
+    speed = {name: round(value, 4) for name, value in trainer.meter.numbers().items()}
+    return {
+        "steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1], "speed": speed,
+    }  # fmt: skip
 
 
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:
     """Train a denoiser from scratch or from `init` on the rows the config selects; with `lora`, an adapter of it."""
     data = TrainingData(ctx.inputs["data"])
+    past = [TrainingData(folder) for role, folder in sorted(ctx.inputs.items()) if role.startswith(PAST)]
+    scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
     train_config, init = config.train, ctx.inputs.get("init")
     card, frozen = card_of(config, init), init or ctx.inputs.get("frozen")
     if init is not None:
-        denoiser = families.load(init / "transformer", card, data.text_mean, data.text_std)
+        denoiser = families.load(init / "transformer", card, scale.text_mean, scale.text_std)
         refuse_distilled(init, config.name)
     else:
         side, seed = config.sampling.side, train_config.seed
         denoiser = families.build(config.network, frozen, data.text_mean, data.text_std, side, seed)
+    if config.objective.kind != "x_0":
+        raise ConfigError(
+            f"{config.name}: objective.kind={config.objective.kind} trains a network the stock pipeline would sample wrongly; "
+            "use x_0 here, whatever the family predicts itself, and the others through FlowMatching and Predictor, for comparison"
+        )
     refuse_other_space(denoiser, data, config.name)
     adapt(denoiser, config.lora, train_config.seed, init)
-    repa = None
-    if config.repa is not None:
-        width, teacher_dim = denoiser.width, data.teacher_dim(config.select)
-        projector = Projector(width, config.repa.hidden, teacher_dim, train_config.seed)
-        repa = Repa(config.repa, projector, train_config.steps)
-    objective = FlowMatching(denoiser, config.timesteps, repa)
-    batches = data.batches(config.select, train_config.batch_size, train_config.seed, repa is not None)
+    phases = phases_of(config)
+    repa = alignment(config, denoiser, data, phases)
+    objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
+    cached = repa is not None and repa.config.needs_cached_features
+    batches = curriculum_batches(data, phases, train_config.seed, cached, past)
 
     def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
@@ -113,7 +129,8 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     model_of = Finished(trained, config.lora is not None, init)
     facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data), frozen=frozen)
     model_of.write_adapter(ctx)
-    return facts
+    times = times_shown(config, denoiser, 1 if frozen is None else factor_of(frozen))
+    return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times}
 
 
 def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
@@ -186,6 +203,48 @@ class Finished:
             before = read_adapter(self.init / "adapter", families.load(self.init / "transformer", card).transformer)
             adapter = stacked(before, adapter)
         save_forms(adapter, ctx.out / "adapter", ctx.name, architecture_of(read_card(self.init)))
+
+
+def curriculum_batches(
+    data: TrainingData, phases: Sequence[Phase], seed: int, teacher: bool, past: Sequence[TrainingData] = ()
+) -> Callable[[int], Batch]:
+    """This worker's batch as a pure function of the step; each phase reads its own rows from the start."""
+    parts = [data.batches(phase.select, phase.batch_size, seed, teacher, phase.first_step, past) for phase in phases]
+    return lambda step: parts[phases.index(phase_at(phases, step))](step)
+
+
+def alignment(
+    config: FlowMatchingConfig, denoiser: Denoiser, data: TrainingData, phases: Sequence[Phase]
+) -> Alignment | None:
+    """The auxiliary term the settings ask for."""
+    repa, steps, seed = config.repa, config.train.steps, config.train.seed
+    if repa is None:
+        return None
+    width, patch = denoiser.width, denoiser.patch_size
+    if repa.kind == "teacher" and not repa.needs_cached_features and data.scaling is not None:
+        raise ConfigError(
+            f"stage {config.name!r}: repa.teacher={repa.teacher!r} looks at pictures, but this training set hands out latents; "
+            "use cached features, kind dispersive or self, or set repa to null"
+        )
+    match repa.kind:
+        case "dispersive":
+            return Dispersive(repa, steps)
+        case "self":
+            return SelfAlignment(repa, Projector(width, repa.hidden, width, seed), denoiser, steps)
+        case "teacher" if repa.teacher == "cached":
+            widths = {data.teacher_dim(phase.select) for phase in phases if phase.repa}
+            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps)
+        case "teacher":
+            from models.pretraining.teachers import teacher_of
+
+            teacher, features = teacher_of(repa.teacher, repa.teacher_revision)
+            return Repa(repa, projector_of(repa, width, features, seed), steps, teacher, patch)
+
+
+def times_shown(config: FlowMatchingConfig, denoiser: Denoiser, factor: int) -> list[float]:
+    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
+    tokens = (config.sampling.side // factor // denoiser.patch_size) ** 2
+    return histogram(tokens, config.timesteps)
 
 
 def fixed_prompts(data: TrainingData) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +56,26 @@ class TrainingData:
             )
         return widths.pop()
 
-    def batches(self, select: SelectConfig, batch_size: int, seed: int, teacher: bool) -> Callable[[int], Batch]:
-        """This worker's batch as a pure function of the step."""
+    def batches(
+        self,
+        select: SelectConfig,
+        batch_size: int,
+        seed: int,
+        teacher: bool,
+        first_step: int = 0,
+        past: Sequence[TrainingData] = (),
+    ) -> Callable[[int], Batch]:
+        """This worker's batch as a pure function of the step; epochs are counted from `first_step`.
+
+        With `past`, replay draws from those sets, by their sizes.
+        """
+        if past and select.replay > 0:
+            return _replaying(
+                self.batches(select.model_copy(update={"replay": 0.0}), batch_size, seed, teacher, first_step),
+                [each.batches(select.model_copy(update={"replay": 0.0, "domains": None}), batch_size, seed, teacher, first_step)
+                 for each in past],
+                [each.set.index.num_rows for each in past], select.replay, seed,
+            )  # fmt: skip
         slots = local_slots(batch_size)
         groups = [select.resolutions] if select.shares is None else [(side,) for side in select.resolutions]
         bounds = np.cumsum(select.shares or (1.0,))
@@ -69,7 +87,7 @@ class TrainingData:
             replayed = float(torch.rand((), generator=rng.shared("replay"))) < select.replay
             place = float(torch.rand((), generator=rng.shared("resolution"))) * bounds[-1]
             source = (replay if replayed else main)[int(np.searchsorted(bounds, place, side="right"))]
-            ids = source.batch(step, batch_size, seed)
+            ids = source.batch(step - first_step, batch_size, seed)
             part = type(ids)(ids.bucket, ids.positions[list(slots)], ids.rows[list(slots)])
             rows = self.set.gather(part)
             use_long = (rng.uniform("long caption") < select.long_captions).numpy()
@@ -83,6 +101,25 @@ class TrainingData:
                 moments = torch.from_numpy(self.set.latents(part))
                 eps = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
                 images = drawn(moments, eps, self.scaling)
-            return Batch(images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, features)
+            return Batch(
+                images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, features,
+                rows=tuple(part.rows.tolist()),
+            )  # fmt: skip
 
         return batch
+
+
+def _replaying(
+    main: Callable[[int], Batch], past: Sequence[Callable[[int], Batch]], sizes: Sequence[int], share: float, seed: int
+) -> Callable[[int], Batch]:
+    """A share of the steps from past sets, the larger the oftener; all workers choose alike."""
+    bounds = np.cumsum(sizes) / sum(sizes)
+
+    def batch(step: int) -> Batch:
+        rng = Randomness(seed, step, (0,))
+        if float(torch.rand((), generator=rng.shared("replay"))) >= share:
+            return main(step)
+        place = float(torch.rand((), generator=rng.shared("past set")))
+        return past[int(np.searchsorted(bounds, place, side="right"))](step)
+
+    return batch

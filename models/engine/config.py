@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from infra.config import Config
+from infra.stages import IF_SET, UNVERSIONED
 
 
 class OptimizerConfig(Config):
@@ -35,6 +38,35 @@ class TrainConfig(Config):
         default=200, ge=1, description="Steps between checkpoints", json_schema_extra={"versioned": False}
     )
     sample_every: int | None = Field(default=None, ge=1, description="Steps between grids of fixed prompts")
+    accumulate: int = Field(
+        default=1, ge=1, description="Parts a worker's batch is computed in, one after the other, before a step",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="bf16: autocast; weights, averages, times and losses stay fp32",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    non_finite: Literal["skip", "stop"] = Field(
+        default="skip", description="A gradient that is not finite: leave the step out, or end the run",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Constant EMA instead, warmed up as min(decay, (1 + n) / (10 + n))",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    ema_snapshot_every: int | None = Field(
+        default=None, ge=1, description="Steps between snapshots of two power EMAs, for an average chosen afterwards",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    recompute: bool = Field(
+        default=False, description="Keep no activations of a block, compute them again in the backward pass",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    compile: bool = Field(default=False, description="torch.compile every block", json_schema_extra=IF_SET)
+    loader_threads: int = Field(
+        default=0, ge=0, le=64, description="Threads that make batches ahead; 0: the training thread makes them",
+        json_schema_extra=UNVERSIONED,
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _checkpoints_at_log_rows(self) -> TrainConfig:
@@ -42,5 +74,9 @@ class TrainConfig(Config):
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} is not a multiple of log_every={self.log_every}; "
                 "a checkpoint between two log rows could not resume the log exactly"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}; make it one"
             )
         return self

@@ -29,17 +29,23 @@ def one_thread() -> Iterator[None]:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Mean gradient over all workers, as one flat all-reduce; a missing gradient counts as zero."""
+    """Mean gradient over all workers, as one flat all-reduce; one that only some workers have counts as zero elsewhere.
+
+    What no worker has stays without gradient, so that a term that has ended does not decay or move its weights.
+    """
     _, workers = world()
     if workers == 1:
         return
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+    grads = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+    flat = torch.cat([*grads, present])
     dist.all_reduce(flat)
+    found = flat[-len(parameters) :].tolist()
     flat /= workers
     offset = 0
-    for parameter in parameters:
+    for parameter, somewhere in zip(parameters, found, strict=True):
         count = parameter.numel()
-        parameter.grad = flat[offset : offset + count].view_as(parameter)
+        parameter.grad = flat[offset : offset + count].view_as(parameter) if somewhere else None
         offset += count
 
 

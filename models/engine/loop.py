@@ -8,24 +8,35 @@ started again continues from its last checkpoint with the same numbers to the bi
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
+from infra.config import versioned
+from models.engine.batches import loaded, parts_of
 from models.engine.config import TrainConfig
 from models.engine.distribute import average_gradients, average_scalars, barrier, broadcast_parameters, world
-from models.engine.ema import PowerEma
+from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma
+from models.engine.meter import Meter
 from models.engine.objective import Batch, Objective
 from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
-from models.engine.state import load_state, save_state
+from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
 from models.engine.weights import put_weights
 
 MAX_SKIPPED = 20
+BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")  # where diffusers' families keep them
+
+log = logging.getLogger(__name__)
+
+SUM, COUNT = "\tsum", "\tcount"  # ends of the keys of a ratio's two numbers
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -67,10 +78,17 @@ class Trainer:
         own = getattr(objective, "optimizers", {})  # a player may have settings of its own
         span = getattr(objective, "schedule_steps", config.steps)  # the rate falls once in every span
         self.optimizers = {n: PlayerOptimizer(m, own.get(n, config.optimizer), span) for n, m in self.players.items()}
-        self.emas = {n: PowerEma(m, config.ema_gamma) for n, m in self.players.items()}
+        self.emas = {n: PowerEma(m, config.ema_gamma, config.ema_decay) for n, m in self.players.items()}
+        gammas = SNAPSHOT_GAMMAS if config.ema_snapshot_every else ()
+        self.tracked = {
+            f"{n}.power{i}": (n, PowerEma(m, g)) for n, m in self.players.items() for i, g in enumerate(gammas)
+        }
+        for module in self.players.values():
+            prepare_blocks(module, config)
         self.step = 0
         self.skipped = 0
         self.rows: list[dict[str, float]] = []
+        self.meter = Meter()
 
     def save(self) -> None:
         """Write a checkpoint (rank 0), all workers waiting for it."""
@@ -85,8 +103,10 @@ class Trainer:
                 groups["objective"] = extra()
             if self.watch is not None:
                 groups["watch"] = self.watch.state()
+            groups |= {name: ema.average for name, (_, ema) in self.tracked.items()}
             updates = {name: ema.updates for name, ema in self.emas.items()}
-            meta = {"updates": updates, "rows": self.rows, "skipped": self.skipped}
+            settings = versioned(self.config)
+            meta = {"updates": updates, "rows": self.rows, "skipped": self.skipped, "settings": settings}
             save_state(self.folder, self.step, groups, meta)
         barrier()
 
@@ -96,11 +116,15 @@ class Trainer:
         if found is None:
             return False
         self.step, groups, meta = found
+        refuse_changes(meta.get("settings"), versioned(self.config), self.folder)
         for name, module in self.players.items():
+            refuse_other_model(groups[f"{name}.weights"], trainable_tensors(module, self.trainable[name]), self.folder)
             put_weights(module, groups[f"{name}.weights"])
             self.optimizers[name].load_tensors(groups[f"{name}.optimizer"])
             self.emas[name].average = groups[f"{name}.ema"]
             self.emas[name].updates = meta["updates"][name]
+        for name, (player, ema) in self.tracked.items():
+            ema.average, ema.updates = groups[name], meta["updates"][player]
         if "objective" in groups:
             self.objective.load_state(groups["objective"])  # type: ignore[attr-defined]
         if self.watch is not None:
@@ -118,23 +142,50 @@ class Trainer:
         numbers: dict[str, float] = {}
         for name in self.objective.turns(self.step):
             self._give_turn(name)
-            loss = self.objective.loss(name, batch)
-            torch.autograd.backward(loss.total)
+            prefix = "" if len(self.players) == 1 else f"{name}/"
+            sums: dict[str, float] = {}
+            for part in parts_of(batch, self.config.accumulate):
+                for key, value in self._backward(name, part).items():
+                    sums[key] = sums.get(key, 0.0) + value
             average_gradients(self.trainable[name])
             norm, moved = self.optimizers[name].step(self.step)
-            self.skipped = 0 if moved else self.skipped + 1
-            if self.skipped >= MAX_SKIPPED:
-                raise TrainingDivergedError(
-                    f"gradient of {name} was not finite in {MAX_SKIPPED} steps running up to step {self.step}; "
-                    "lower the learning rate or clip_norm, or look for broken rows in the data"
-                )
-            prefix = "" if len(self.players) == 1 else f"{name}/"
-            numbers |= {f"{prefix}loss": float(loss.total.detach()), f"{prefix}gradient_norm": norm}
-            numbers |= {f"{prefix}{key}": float(value) for key, value in loss.parts.items()}
+            self._count_skipped(name, moved, batch)
+            numbers |= {f"{prefix}{key}": value for key, value in sums.items()}
+            numbers[f"{prefix}gradient_norm"] = norm
             self.emas[name].update(self.players[name])
+            for player, ema in self.tracked.values():
+                if player == name:
+                    ema.update(self.players[name])
         self._give_turn(None)
         self.objective.after_step(self.step)
         return numbers
+
+    def _backward(self, name: str, part: Batch) -> dict[str, float]:
+        """Add one part's gradient; its share of the numbers for the log."""
+        count = self.config.accumulate
+        with torch.autocast(part.images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            loss = self.objective.loss(name, part)
+        torch.autograd.backward(loss.total if count == 1 else loss.total / count)
+        numbers = {"loss": float(loss.total.detach()) / count}
+        numbers |= {key: float(value) / count for key, value in loss.parts.items()}
+        for key, (total, number) in loss.ratios.items():
+            numbers |= {f"{key}{SUM}": float(total), f"{key}{COUNT}": float(number)}
+        return numbers
+
+    def _count_skipped(self, name: str, moved: bool, batch: Batch) -> None:
+        """Name the rows behind a gradient that is not finite; end the run where the settings say so."""
+        self.skipped = 0 if moved else self.skipped + 1
+        if moved:
+            return
+        where = f"gradient of {name} is not finite in step {self.step}, rows {list(batch.rows) or 'unknown'}"
+        if self.config.non_finite == "stop":
+            raise TrainingDivergedError(f"{where}; lower the learning rate, or look at these rows of the data")
+        log.warning("%s: the step is left out", where)
+        if self.skipped >= MAX_SKIPPED:
+            raise TrainingDivergedError(
+                f"gradient of {name} was not finite in {MAX_SKIPPED} steps running up to step {self.step}; "
+                "lower the learning rate or clip_norm, or look for broken rows in the data"
+            )
 
     def _give_turn(self, turn: str | None) -> None:
         for name, parameters in self.trainable.items():
@@ -146,6 +197,17 @@ def trainable_tensors(module: nn.Module, trainable: list[nn.Parameter]) -> dict[
     """The trainable parameters of a module by name."""
     wanted = {id(p) for p in trainable}
     return {name: p.detach() for name, p in module.named_parameters() if id(p) in wanted}
+
+
+def prepare_blocks(module: nn.Module, config: TrainConfig) -> None:
+    """Compile, or recompute in the backward pass, every block of every transformer inside, in place: no name changes."""
+    blocks = [b for m in module.modules() for name, child in m.named_children() if name in BLOCK_LISTS
+              and isinstance(child, nn.ModuleList) for b in child]  # fmt: skip
+    for block in blocks:
+        if config.recompute:
+            checkpoint(block)
+        if config.compile:
+            block.compile()
 
 
 def train(
@@ -164,29 +226,62 @@ def train(
     trainer = Trainer(objective, config, scratch / "checkpoints", watch)
     if not trainer.resume() and watch is not None:
         watch.look(trainer)
-    started, window = time.perf_counter(), dict[str, list[float]]()
-    while not trainer.done:
-        step = trainer.step
-        batch = batches(step)
-        prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots))
-        for key, value in trainer.move(prepared).items():
-            window.setdefault(key, []).append(value)
-        trainer.step = step + 1
-        last = trainer.step == config.steps
-        if trainer.step % config.log_every == 0 or last:
-            row = average_scalars({key: sum(values) / len(values) for key, values in window.items()})
-            window.clear()
-            trainer.rows.append({"step": trainer.step, **row})
-            if progress is not None and world()[0] == 0:
-                progress(trainer.step, config.steps, {**row, "seconds": time.perf_counter() - started})
-        if watch is not None and (trainer.step % watch.every == 0 or last):
-            watch.look(trainer)
-        if trainer.step % config.checkpoint_every == 0 and not last:
-            trainer.save()
-        if on_sample is not None and config.sample_every and trainer.step % config.sample_every == 0:
-            on_sample(trainer.step, trainer)
+    started, window, meter = time.perf_counter(), dict[str, list[float]](), trainer.meter
+    with loaded(batches, config.loader_threads, config.steps) as fetch:
+        while not trainer.done:
+            step = trainer.step
+            with meter.spent("data"):
+                batch = fetch(step)
+            with meter.spent("step"):
+                prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots))
+                for key, value in trainer.move(prepared).items():
+                    window.setdefault(key, []).append(value)
+            meter.counted(batch, partial(losses_again, objective, prepared))
+            trainer.step = step + 1
+            last = trainer.step == config.steps
+            if trainer.step % config.log_every == 0 or last:
+                row = divided(average_scalars({key: sum(values) / len(values) for key, values in window.items()}))
+                window.clear()
+                trainer.rows.append({"step": trainer.step, **row})
+                if progress is not None and world()[0] == 0:
+                    seconds = time.perf_counter() - started
+                    progress(trainer.step, config.steps, {**row, **meter.numbers(), "seconds": seconds})
+            _look_and_keep(trainer, last, scratch, on_sample)
     trainer.save()
     return trainer
+
+
+def losses_again(objective: Objective, batch: Batch) -> None:
+    """The forward pass of a step once more, where it has no side effects (`pure_loss`)."""
+    if getattr(objective, "pure_loss", False):
+        for name in objective.players:
+            objective.loss(name, batch)
+
+
+def _look_and_keep(
+    trainer: Trainer, last: bool, scratch: Path, on_sample: Callable[[int, Trainer], None] | None
+) -> None:
+    """What happens between two steps: the watch, a snapshot, a checkpoint, a grid."""
+    config, watch, step = trainer.config, trainer.watch, trainer.step
+    with trainer.meter.spent("look"):
+        if watch is not None and (step % watch.every == 0 or last):
+            watch.look(trainer)
+    with trainer.meter.spent("checkpoint"):
+        if config.ema_snapshot_every and step % config.ema_snapshot_every == 0 and world()[0] == 0:
+            averages = {name: ema.average for name, (_, ema) in trainer.tracked.items()}
+            save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
+        if step % config.checkpoint_every == 0 and not last:
+            trainer.save()
+    if on_sample is not None and config.sample_every and step % config.sample_every == 0:
+        with trainer.meter.spent("look"):
+            on_sample(step, trainer)
+
+
+def divided(row: dict[str, float]) -> dict[str, float]:
+    """A row with its ratios worked out; one whose count is 0 is left out."""
+    plain = {key: value for key, value in row.items() if not key.endswith((SUM, COUNT))}
+    sums = {key.removesuffix(SUM): value for key, value in row.items() if key.endswith(SUM)}
+    return plain | {key: total / row[key + COUNT] for key, total in sums.items() if row[key + COUNT]}
 
 
 def write_metrics(rows: list[dict[str, float]], path: Path) -> None:

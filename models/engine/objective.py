@@ -18,7 +18,8 @@ class Batch:
 
     images: float32 [B, 3, H, W] in [-1, 1]; tokens: float32 [B, T, D] standardised text features; mask: bool [B, T],
     True for real tokens; teacher: float32 [B, h, w, E] features of the clean picture or None; weight: float32 [B];
-    extra: what an objective adds in `prepare` (noise, times, targets) or the data source adds for it.
+    extra: what an objective adds in `prepare` (noise, times, targets) or the data source adds for it; rows: where the
+    samples come from, for messages.
     """
 
     images: torch.Tensor
@@ -28,14 +29,19 @@ class Batch:
     teacher: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
 
 
 @dataclass
 class Loss:
-    """`total` is differentiated; `parts` are detached numbers for the log."""
+    """`total` is differentiated; `parts` are detached numbers for the log.
+
+    ratios: sums and counts, each added up over steps and workers before they are divided; a count may be 0.
+    """
 
     total: torch.Tensor
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    ratios: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class Objective(Protocol):

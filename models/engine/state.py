@@ -59,3 +59,28 @@ def load_state(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]], d
         groups = {Path(name).stem: load_file(path / name) for name in meta["sha256"]}
         return int(meta["step"]), groups, meta
     return None
+
+
+def refuse_changes(before: dict[str, object] | None, now: dict[str, object], folder: Path) -> None:
+    """A run goes on with the settings it began with."""
+    if before is None:
+        return
+    differ = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]  # fmt: skip
+    if differ:
+        raise ValueError(
+            f"the checkpoint in {folder} was made with other settings ({'; '.join(differ)}); set them back to resume, "
+            "or delete the folder to begin anew"
+        )
+
+
+def refuse_other_model(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor], folder: Path) -> None:
+    """Weights of another network are named, not half loaded."""
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    wanted = {name: tuple(value.shape) for name, value in own.items()}
+    differ = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"the checkpoint in {folder} is of another model: {len(differ)} weights differ, {name} is {shapes.get(name)} "
+            f"there and {wanted.get(name)} here; resume with the model it was made with, or delete the folder"
+        )

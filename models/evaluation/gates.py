@@ -7,8 +7,13 @@ from typing import TypedDict
 
 import numpy as np
 
+from models.evaluation.collapse import collapsed
 from models.evaluation.config import GateConfig
+from models.evaluation.density_coverage import mode_share
 from models.evaluation.intervals import Score, bootstrap
+
+MOST_SPOILT = 0.5  # share of black, constant, noisy or copied pictures
+LEAST_MODES = 0.6  # effective number of different pictures over that of real ones; sound runs have about 1
 
 Scores = Mapping[str, Mapping[str, Score]]  # stage -> metric -> score
 Answers = Mapping[str, Mapping[str, np.ndarray]]  # stage -> metric -> value per (prompt, seed), same order everywhere
@@ -33,6 +38,20 @@ def paired_difference(
         raise ValueError(f"{len(child)} and {len(parent)} answers are not paired; ask both the same prompts")
     delta = child.astype(float) - parent.astype(float)
     return bootstrap((delta,), lambda x: float(x.mean()), resamples, rng or np.random.default_rng(0))
+
+
+def judge_collapse(stage: str, images: np.ndarray, real: np.ndarray) -> Verdict:
+    """Are these pictures at all, and different ones for different prompts; uint8 [N, S, S, 3] and renders of the same."""
+    kinds = {name: float(values.mean()) for name, values in collapsed(images).items()}
+    modes = mode_share(images, real)
+    faults = []
+    if kinds["any"] > MOST_SPOILT:
+        worst = max(("black", "constant", "noise", "copy"), key=lambda name: kinds[name])
+        faults.append(f"{kinds['any']:.0%} of the pictures are black, constant, noise or copies (most: {worst})")
+    if modes < LEAST_MODES:
+        faults.append(f"different prompts give {modes:.2f} of the variety of real pictures, below {LEAST_MODES:g}")
+    reason = "; ".join(faults) or f"{kinds['any']:.0%} spoilt pictures, {modes:.2f} of the variety of real ones"
+    return Verdict(stage=stage, metric="collapse", passed=not faults, value=modes, reason=reason, difference=None)
 
 
 def judge_gate(gate: GateConfig, scores: Scores, answers: Answers) -> Verdict:

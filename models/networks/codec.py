@@ -128,3 +128,8 @@ def load_vae(folder: Path) -> Vae:
     if network.config.get("shift_factor", 0.0) is None:
         network.register_to_config(shift_factor=0.0)  # stock pipelines add it as it is
     return Vae(network)
+
+
+def factor_of(checkpoint: Path) -> int:
+    """Pixels per latent along a side; 1 without a VAE."""
+    return load_vae(checkpoint / "vae").factor if (checkpoint / "vae").is_dir() else 1

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from models.networks.routing import Route
+
 T_CLAMP = 0.05  # PRXPixelPipeline divides by max(t, 0.05) when it turns x_0 into a velocity
 T_SMALLEST = 1e-3  # below it a velocity's x_0 is exact to rounding anyway; keeps 0 / 0 out of the loss
 
@@ -37,20 +39,20 @@ class Denoiser(nn.Module):
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-        hidden_layer: int | None = None, condition: torch.Tensor | None = None,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """What the network predicts [B, C, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based).
 
-        `condition` [B, W] is added to the time embedding.
+        `condition` [B, W] is added to the time embedding; with a `route` some tokens skip some blocks (training only).
         """
         raise NotImplementedError
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-        hidden_layer: int | None = None, condition: torch.Tensor | None = None,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """As `predict`, but x_0 [B, C, H, W] whatever the network predicts."""
-        prediction, hidden = self.predict(x_t, t, tokens, mask, hidden_layer, condition)
+        prediction, hidden = self.predict(x_t, t, tokens, mask, hidden_layer, condition, route)
         return self.as_x_0(prediction, x_t, t), hidden
 
     def as_x_0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

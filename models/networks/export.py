@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 from models.networks import families, prx, text_encoder
 from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
-from models.networks.codec import load_vae
+from models.networks.codec import factor_of, load_vae
 from models.networks.denoiser import Denoiser
 from models.networks.diffusers_folder import FROZEN, take
 from models.networks.text_features import prx_text_modules, sd3_pipeline
@@ -154,11 +154,6 @@ def stock_scheduler(checkpoint: Path, denoiser: Denoiser, card: SamplingCard, st
         (card.side // factor_of(checkpoint) // denoiser.patch_size) ** 2, card.shift_rule
     )  # other sizes need another folder
     return scheduler_of(card, steps, k)
-
-
-def factor_of(checkpoint: Path) -> int:
-    """Pixels per latent along a side; 1 without a VAE."""
-    return load_vae(checkpoint / "vae").factor if (checkpoint / "vae").is_dir() else 1
 
 
 def export_module(checkpoint: Path, denoiser: Denoiser, folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from models.networks.config import PrxConfig
 from models.networks.denoiser import Denoiser, Prediction
+from models.networks.routing import Route
 
 
 class PrxDenoiser(Denoiser):
@@ -24,7 +25,7 @@ class PrxDenoiser(Denoiser):
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-        hidden_layer: int | None = None, condition: torch.Tensor | None = None,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """As the stock forward does it."""
         net = self.transformer
@@ -35,11 +36,17 @@ class PrxDenoiser(Denoiser):
         time = net._compute_timestep_embedding(t, dtype=image.dtype)
         if condition is not None:
             time = time + condition
-        hidden = None
+        hidden = whole = None
+        everywhere = rotary
         for index, block in enumerate(net.blocks):
+            if route is not None and index == route.first:
+                whole, image = image, route.visible(image)
+                rotary = route.visible(everywhere.transpose(1, 2)).transpose(1, 2)
             image = block(image, encoder_hidden_states=text, temb=time, image_rotary_emb=rotary, attention_mask=mask)
             if index == hidden_layer:
                 hidden = image
+            if route is not None and whole is not None and index == route.last:
+                image, rotary = route.restored(whole, image), everywhere
         return seq2img(net.final_layer(image, time), net.patch_size, torch.Size((b, channels, h, w))), hidden
 
     @property

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from models.networks.config import Sd3Config
 from models.networks.denoiser import Denoiser
 from models.networks.prx import forget_paths
+from models.networks.routing import Route
 
 TIMES = 1000.0  # the network is told t * 1000
 
@@ -30,7 +31,7 @@ class Sd3Denoiser(Denoiser):
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-        hidden_layer: int | None = None, condition: torch.Tensor | None = None,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """As the stock forward does it."""
         net = self.transformer
@@ -41,14 +42,18 @@ class Sd3Denoiser(Denoiser):
         if condition is not None:
             time = time + condition
         text = net.context_embedder(embeds)
-        hidden = None
+        hidden = whole = None
         for index, block in enumerate(net.transformer_blocks):
+            if route is not None and index == route.first:
+                whole, image = image, route.visible(image)
             if torch.is_grad_enabled() and net.gradient_checkpointing:
                 text, image = net._gradient_checkpointing_func(block, image, text, time)
             else:
                 text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time)
             if index == hidden_layer:
                 hidden = image
+            if route is not None and whole is not None and index == route.last:
+                image = route.restored(whole, image)
         patches = net.proj_out(net.norm_out(image, time))
         return self._picture(patches, h, w), hidden
 

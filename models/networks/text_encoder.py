@@ -56,3 +56,8 @@ def encode(prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch
     states = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
     missing = max_tokens - mask.shape[1]
     return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+
+def count_tokens(prompt: str) -> int:
+    """Tokens the encoder would read, its own marks at both ends included."""
+    return len(modules()[1](clean(prompt))["input_ids"])

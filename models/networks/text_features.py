@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -13,18 +13,35 @@ from models.networks import text_encoder
 from models.networks.sd3 import packed
 
 Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool
-Encode = Callable[[Sequence[str]], Features]
+
+
+class Encode(Protocol):
+    """A family's text encoders."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt beyond which it is cut."""
+
+    def __call__(self, prompts: Sequence[str]) -> Features:
+        """Features and mask of prompts."""
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut, the tokenizer's own marks included."""
 
 
 class PackagedText:
     """The packaged MiniLM under PRXPixelPipeline's light cleaning."""
 
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+        self.longest = max_tokens
 
     def __call__(self, prompts: Sequence[str]) -> Features:
         """Features and mask of prompts."""
-        return text_encoder.encode(prompts, self.max_tokens)
+        return text_encoder.encode(prompts, self.longest)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return text_encoder.count_tokens(prompt)
 
 
 class PrxText:
@@ -35,20 +52,24 @@ class PrxText:
 
         cleaner = TextPreprocessor()
         self.clean = cleaner.clean_text if clean else cleaner.basic_clean
-        self.max_tokens = max_tokens
+        self.longest = max_tokens
         self.model, self.tokenizer = prx_text_modules(folder)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Features:
         """Features and mask of prompts, padded as the pipeline pads; no masked token changes another."""
         batch = self.tokenizer(
-            [self.clean(prompt) for prompt in prompts], padding=True, max_length=self.max_tokens, truncation=True,
+            [self.clean(prompt) for prompt in prompts], padding=True, max_length=self.longest, truncation=True,
             return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         ids, mask = batch["input_ids"], batch["attention_mask"]
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        missing = self.max_tokens - ids.shape[1]
+        missing = self.longest - ids.shape[1]
         return F.pad(states.float(), (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return len(self.tokenizer(self.clean(prompt))["input_ids"])
 
 
 def prx_text_modules(folder: Path) -> tuple[Any, Any]:
@@ -74,6 +95,9 @@ class Sd3Text:
     def __init__(self, folder: Path, max_tokens: int, text_dim: int) -> None:
         self.max_tokens, self.text_dim = max_tokens, text_dim
         self.pipeline = sd3_pipeline(folder, transformer=None, vae=None, scheduler=None)
+        t5 = self.pipeline.text_encoder_3 is not None  # reads a prompt whole that the CLIPs cut
+        self.tokenizer: Any = self.pipeline.tokenizer_3 if t5 else self.pipeline.tokenizer
+        self.longest = max_tokens if t5 else int(self.pipeline.tokenizer_max_length)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Features:
@@ -88,6 +112,10 @@ class Sd3Text:
             t5 = pipe._get_t5_prompt_embeds(asked, max_sequence_length=self.max_tokens)
         tokens = packed(torch.cat([clip, t5], 1), torch.cat([pooled for _, pooled in parts], -1)).float()
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return len(self.tokenizer(prompt)["input_ids"])
 
 
 def sd3_pipeline(folder: Path, transformer: Any, vae: Any, scheduler: Any) -> Any:

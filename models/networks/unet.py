@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from models.networks.config import UNetConfig
 from models.networks.denoiser import Denoiser
 from models.networks.prx import forget_paths
+from models.networks.routing import Route
 
 TIMES = 1000.0  # the network is told t * 1000
 STATISTICS = "text_statistics.safetensors"
@@ -27,12 +28,13 @@ class UNetDenoiser(Denoiser):
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
-        hidden_layer: int | None = None, condition: torch.Tensor | None = None,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """The velocity; neither a hidden layer nor a condition can be asked for."""
-        if hidden_layer is not None or condition is not None:
+        """The velocity; neither a hidden layer nor a condition nor a route can be asked for."""
+        if hidden_layer is not None or condition is not None or route is not None:
             raise ValueError(
-                "a UNet has no token grid to align and takes no second scalar; set repa to null, or use PRX or SD3"
+                "a UNet has no token grid to align or to route and takes no second scalar; set repa and tread to null, "
+                "or use PRX or SD3"
             )
         text = (tokens - self.text_mean) / self.text_std
         output: torch.Tensor = self.transformer(

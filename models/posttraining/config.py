@@ -29,6 +29,18 @@ class PairsConfig(Config):
     )  # fmt: skip
 
 
+class ImportPairsConfig(Config):
+    """Preference pairs of other people: a Parquet table as Pick-a-Pic or HPD publish them."""
+
+    name: str = Field(default="pairs-table", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    table: str = Field(min_length=1, description="Parquet file; pictures as bytes in it or as paths beside it")
+    side: int = Field(default=32, ge=8, description="Side of the squares that pictures are cut to, in pixels")
+    held_out: float = Field(default=0.1, ge=0, lt=1, description="Share of the prompts that nothing trains on")
+    source: str = Field(default="imported", min_length=1, description="What the pairs are called in the table")
+    fingerprint: str = Field(default="", description="Change it when the table's contents change")
+    seed: int = Field(default=0, ge=0, description="Seed of the split")
+
+
 class GuardConfig(Config):
     """When preference tuning is stopped, and the best weights so far are taken instead."""
 
@@ -196,6 +208,49 @@ class RewardModelConfig(Config):
     width: int = Field(default=128, ge=1, description="Width of the projections of picture and text")
     validation: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts kept for calibration")
     label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")
+
+
+class PromptCheckConfig(Config):
+    """Short prompts drawn as typed and as rewritten, with the same noise, judged by what was typed."""
+
+    name: str = Field(default="prompt-check", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    prompts: int = Field(default=120, ge=4, description="Short prompts, shared by their kinds")
+    seed: int = Field(default=4321, ge=0, description="Seed of prompts and noise")
+    batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time")
+
+
+class PromptEnhancerConfig(Config):
+    """A language model that rewrites prompts: trained on the captions, or any instruct model."""
+
+    name: str = Field(default="prompt-enhancer", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
+    train: TrainConfig = TrainConfig(
+        steps=700, batch_size=32, ema_gamma=6.0, log_every=20,
+        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=4e-3, warmup_steps=20, decay_from=0.3, final_ratio=0.02),
+    )  # fmt: skip
+    target: Literal["short", "long"] = Field(
+        default="short", description="Captions that prompts are rewritten to: those the model was mostly trained on"
+    )
+    width: int = Field(default=96, ge=8, description="Width of the small model; a multiple of heads")
+    depth: int = Field(default=2, ge=1, description="Layers of the small model")
+    heads: int = Field(default=4, ge=1, description="Attention heads of the small model")
+    vocabulary: int = Field(default=512, ge=300, description="Tokens of its byte-level BPE")
+    instruct: str | None = Field(
+        default=None, description="Folder or hub name of a chat model that rewrites instead; nothing is trained"
+    )
+    new_tokens: int = Field(default=160, ge=8, description="Longest answer of the chat model in tokens")
+    seconds: float = Field(default=20.0, gt=0, description="Longest time of an answer of the chat model")
+    max_tokens: int = Field(default=64, ge=8, description="Longest rewrite in tokens of the text encoder")
+    language: str = Field(default="en", min_length=2, description="Language of prompts too short to tell")
+    check: PromptCheckConfig | None = Field(
+        default=PromptCheckConfig(), description="What rewriting does to pictures; null: not measured",
+        json_schema_extra={"versioned": False},
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> PromptEnhancerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; make it one")
+        return self
 
 
 def check_looks(guard: GuardConfig | None, train: TrainConfig) -> None:

@@ -14,6 +14,7 @@ from models.networks.config import LoraConfig, NetworkConfig, PrxConfig
 
 MODE_LIMIT = 2 / (math.pi - 2)  # beyond it the mode density's inverse is not monotone (SD3, appendix B.4)
 Density = Literal["uniform", "logit_normal", "mode", "cosmap", "beta"]
+Prediction = Literal["x_0", "velocity", "ddpm_eps", "ddpm_v", "edm", "score"]
 ShiftRule = Literal["none", "sqrt_tokens", "static", "exponential"]
 
 
@@ -70,13 +71,72 @@ class TimestepConfig(ShiftConfig):
         return self
 
 
+class ObjectiveConfig(Config):
+    """What the network predicts and how its error is weighted over t (baselines.py); compare on validation only."""
+
+    kind: Prediction = Field(
+        default="x_0", description="x_0 and velocity: flow matching; ddpm_eps, ddpm_v, edm, score: baselines"
+    )
+    weight: Literal["own", "min_snr", "sigma_sqrt", "cosmap"] = Field(
+        default="own", description="own: the objective's; min_snr: clamped SNR; sigma_sqrt, cosmap: SD3's on velocity"
+    )
+    gamma: float = Field(default=5.0, gt=0, description="min_snr: the SNR at which the weight stops growing")
+    sigma_data: float = Field(default=0.5, gt=0, description="edm: standard deviation of the pictures")
+
+
 class RepaConfig(Config):
-    """REPA (arXiv:2410.06940): align a hidden layer with frozen features of the clean picture."""
+    """Alignment of a hidden layer: REPA (arXiv:2410.06940), iREPA, or the encoder-free kinds."""
 
     coefficient: float = Field(default=0.5, ge=0, description="Weight of the alignment term")
     layer: int = Field(default=2, ge=0, description="0-based index of the aligned block")
     hidden: int = Field(default=192, ge=1, description="Width of the projector")
     until: float = Field(default=0.6, gt=0, le=1, description="Share of the stage after which the term stops (HASTE)")
+    kind: Literal["teacher", "dispersive", "self"] = Field(
+        default="teacher", description="teacher: features of an encoder; dispersive, self: no encoder",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    projector: Literal["mlp", "conv"] = Field(
+        default="mlp", description="conv: one 3x3 convolution over the token grid (iREPA)", json_schema_extra=IF_SET
+    )
+    spatial_norm: float | None = Field(
+        default=None, ge=0, le=1, description="iREPA: share of the features' mean over the grid taken out, then unit std",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    teacher: str = Field(
+        default="cached", description="cached: the training set's; packaged: the packaged encoder; or a repository or "
+        "folder of a vision transformer for transformers.AutoModel", json_schema_extra=IF_SET,
+    )  # fmt: skip
+    teacher_revision: str | None = Field(
+        default=None, description="Commit of the teacher's repository", json_schema_extra=IF_SET
+    )
+    temperature: float = Field(default=0.5, gt=0, description="dispersive: tau", json_schema_extra=IF_SET)
+    target_layer: int | None = Field(
+        default=None, ge=1, description="self: 0-based block of the averaged network; null: the last",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    time_gap: float = Field(
+        default=0.2, ge=0, lt=1, description="self: the averaged network sees up to this much less noise",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+
+    @property
+    def needs_cached_features(self) -> bool:
+        """Whether the training set must hold teacher features."""
+        return self.kind == "teacher" and self.teacher == "cached"
+
+
+class TreadConfig(Config):
+    """TREAD (arXiv:2501.04765): a random share of the picture's tokens skips the blocks first..last."""
+
+    share: float = Field(default=0.5, gt=0, lt=1, description="Share of the tokens that skips")
+    first: int = Field(default=1, ge=0, description="0-based index of the first block skipped")
+    last: int = Field(default=2, ge=0, description="0-based index of the last block skipped")
+
+    @model_validator(mode="after")
+    def _span(self) -> TreadConfig:
+        if self.last < self.first:
+            raise ValueError(f"tread.last={self.last} is before tread.first={self.first}; swap them")
+        return self
 
 
 class SelectConfig(Config):
@@ -102,6 +162,19 @@ class SelectConfig(Config):
         return self
 
 
+class PhaseConfig(Config):
+    """A part of a curriculum; what is null is as the stage says."""
+
+    from_samples: int = Field(default=0, ge=0, description="Samples seen before this phase begins")
+    select: SelectConfig | None = Field(default=None, description="Resolutions, aspects, captions")
+    timesteps: TimestepConfig | None = Field(default=None, description="Density and shift")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Pictures per step; null keeps the tokens per step constant"
+    )
+    repa: bool = Field(default=True, description="Whether the stage's alignment is on")
+    tread: TreadConfig | None = Field(default=None, description="Token routing")
+
+
 class SamplingConfig(Config):
     """How the trained model is to be sampled; saved with it."""
 
@@ -123,13 +196,44 @@ class FlowMatchingConfig(Config):
     lora: LoraConfig | None = Field(
         default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
     )
+    objective: ObjectiveConfig = Field(
+        default=ObjectiveConfig(), description="Prediction and loss weight", json_schema_extra=IF_SET
+    )
+    tread: TreadConfig | None = Field(default=None, description="Token routing", json_schema_extra=IF_SET)
+    curriculum: tuple[PhaseConfig, ...] = Field(
+        default=(), description="Phases by samples seen; none: one phase", json_schema_extra=IF_SET
+    )
+    log_bins: int = Field(
+        default=0, ge=0, le=100, description="Equal parts of [0, 1] whose training loss is logged apart; 0: none",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
 
     @model_validator(mode="after")
-    def _layer_exists(self) -> FlowMatchingConfig:
-        if self.repa is not None and self.repa.layer >= self.network.depth:
+    def _blocks_exist(self) -> FlowMatchingConfig:
+        depth, repa = self.network.depth, self.repa
+        if repa is not None and repa.layer >= depth:
+            raise ValueError(f"repa.layer={repa.layer} but the network has depth={depth} blocks; lower it")
+        if repa is not None and (repa.target_layer or 0) >= depth:
             raise ValueError(
-                f"repa.layer={self.repa.layer} but the network has depth={self.network.depth} blocks; lower it"
+                f"repa.target_layer={repa.target_layer} but the network has depth={depth} blocks; lower it"
             )
+        for tread in (self.tread, *(phase.tread for phase in self.curriculum)):
+            if tread is None:
+                continue
+            if tread.last >= depth:
+                raise ValueError(f"tread.last={tread.last} but the network has depth={depth} blocks; lower it")
+            if repa is not None and tread.first <= repa.layer <= tread.last and repa.projector == "conv":
+                raise ValueError(
+                    f"repa.layer={repa.layer} lies between tread.first={tread.first} and tread.last={tread.last}, where "
+                    "tokens are missing from the grid a conv projector needs; align outside, or with projector: mlp"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_follow(self) -> FlowMatchingConfig:
+        starts = [phase.from_samples for phase in self.curriculum]
+        if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
+            raise ValueError(f"curriculum begins its phases at {starts} samples; begin at 0 and rise")
         return self
 
 

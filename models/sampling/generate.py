@@ -19,6 +19,7 @@ from models.sampling.euler import integrate
 from models.sampling.few_step import renoise
 from models.sampling.times import times_of
 
+REMEMBERED = 16_384  # prompts whose features are kept
 BATCH = 8  # on a CPU larger batches leave the cache and are a quarter slower
 
 
@@ -35,7 +36,9 @@ class Generator:
         self._features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def features(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text features of prompts; each distinct prompt is encoded once."""
+        """Text features of prompts; each distinct prompt is encoded once, as long as there are not very many."""
+        if len(self._features) + len(prompts) > REMEMBERED:
+            self._features.clear()
         new = [p for p in dict.fromkeys(prompts) if p not in self._features]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
@@ -72,8 +75,9 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         batch_size: int = BATCH,
+        num_tokens: int | None = None,
     ) -> np.ndarray:
-        """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded."""
+        """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded; `num_tokens` fixes the length of the text."""
         card = self.card
         width, height = width or card.side, height or card.side
         codec = self.around.codec
@@ -92,7 +96,8 @@ class Generator:
         pictures = []
         for start in range(0, len(prompts), batch_size):
             tokens, mask = self.features(prompts[start : start + batch_size])
-            used = max(int(mask.sum(1).max()), int(null[1].sum()))  # padding beyond the longest prompt changes nothing
+            longest = max(int(mask.sum(1).max()), int(null[1].sum()))  # padding beyond it changes rounding at most
+            used = longest if num_tokens is None else num_tokens
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             if card.sampler == "renoise":

@@ -17,6 +17,7 @@ from flows.personalize import own_specs
 from flows.plan import PlanRow
 from infra.config import load_yaml, parse
 from infra.errors import ConfigError
+from infra.stages import stage_key
 from tasks.catalog import TRAITS, stage_function
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -224,3 +225,51 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
     record = json.loads(t2i("status", "latest", "--root", tmp_path, "--json").stdout)
     assert record["outcome"] == "interrupted"
     assert [stage["status"] for stage in record["stages"]][:3] == ["ran", "interrupted", "skipped"]
+
+
+def keys_of(specs):
+    """Stage -> key, every input standing for its own key: what would run again if a key differs."""
+    keys = {}
+    for spec in specs:
+        keys[spec.name] = stage_key(spec, {role: keys[stage] for role, stage in spec.inputs.items()})
+    return keys
+
+
+def cone_of(specs, start):
+    """A stage and everything made from it."""
+    reached = {start}
+    for spec in specs:
+        if reached & set(spec.inputs.values()):
+            reached.add(spec.name)
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [
+        ("data.source.seed=1", "source"), ("data.dedup.max_distance=50", "dedup"), ("data.encode.max_tokens=32", "encode"),
+        ("judge.updates=5", "judge"), ("pretrain.0.train.steps=7", "pretrain-32"), ("pretrain.1.train.steps=7", "pretrain-40"),
+        ("posttrain.sft.train.steps=5", "sft"), ("posttrain.dpo.beta_per_element=0.7", "dpo"),
+        ("personalize.0.lora.rank=8", "dreambooth-robot"), ("distill.0.train.steps=3", "distill-4"),
+        ("evaluate.seed=5", "evaluate"), ("report.title=Other", "report"),
+    ],
+)  # fmt: skip
+def test_a_changed_value_reruns_exactly_its_cone(change, stage):
+    specs = stage_specs(parse(LifecycleConfig, load_yaml(SMOKE), "smoke"))
+    changed = stage_specs(parse(LifecycleConfig, load_yaml(SMOKE, [change]), "smoke"))
+    before, after = keys_of(specs), keys_of(changed)
+    assert {name for name in before if before[name] != after[name]} == cone_of(specs, stage)
+
+
+def test_a_path_a_comment_or_a_host_reruns_nothing(tmp_path):
+    before = keys_of(stage_specs(parse(LifecycleConfig, load_yaml(SMOKE), "smoke")))
+    commented = tmp_path / "other-name.yaml"
+    commented.write_text(
+        "# another comment\n" + Path(SMOKE).read_text().replace("name: smoke", "name: renamed  # here")
+    )
+    changes = [
+        "run.root=s3://bucket/elsewhere", "run.resources.launcher=rayjob", "run.resources.ray_address=http://host:8265",
+        "run.resources.num_workers=8", "run.resources.device=cpu", "run.min_free_gb=5", "data.download.port=5000",
+        "data.download.processes=4", "data.download.threads=2", "report.command=t2i run other.yaml",
+    ]  # fmt: skip
+    assert keys_of(stage_specs(parse(LifecycleConfig, load_yaml(commented, changes), "other"))) == before

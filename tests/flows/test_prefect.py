@@ -98,7 +98,7 @@ def _edges():
     }
 
 
-def test_retry_of_a_failed_deployment_run_executes_only_the_failed_stage(server, counts, tmp_path):
+def test_retry_of_a_failed_deployment_run_executes_only_the_failed_stage(server, counts, tmp_path, until):
     from prefect.client.orchestration import get_client
     from prefect.states import AwaitingRetry
 
@@ -109,32 +109,18 @@ def test_retry_of_a_failed_deployment_run_executes_only_the_failed_stage(server,
     served = subprocess.Popen([sys.executable, str(FOLDER / "served_toys.py")], env=environment, start_new_session=True)
     try:
         with get_client(sync_client=True) as client:
-            deployment = _until(lambda: client.read_deployment_by_name("toy-line/toy"))
+            deployment = until(lambda: client.read_deployment_by_name("toy-line/toy"), 150)
             run = client.create_flow_run_from_deployment(deployment.id)
-            _until(lambda: client.read_flow_run(run.id).state_name == "Failed")
+            until(lambda: client.read_flow_run(run.id).state_name == "Failed", 150)
             assert counts() == ["source", "judge", "pretrain", "sft", "report"]
             (tmp_path / "ready").touch()
             client.set_flow_run_state(run.id, AwaitingRetry(), force=True)  # what the Retry button does
-            _until(lambda: client.read_flow_run(run.id).state_name == "Completed")
+            until(lambda: client.read_flow_run(run.id).state_name == "Completed", 150)
             assert counts() == ["report"]
             assert client.read_flow_run(run.id).run_count == 2
     finally:
         os.killpg(served.pid, signal.SIGTERM)
         served.wait(30)
-
-
-def _until(ask, seconds=150):
-    from prefect.exceptions import ObjectNotFound
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if answer := ask():
-                return answer
-        except ObjectNotFound:
-            pass
-        time.sleep(0.5)
-    raise AssertionError("not within the time")
 
 
 def test_port_in_use_is_refused(server, tmp_path):

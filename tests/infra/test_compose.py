@@ -1,8 +1,12 @@
-"""docker-compose.yml keeps its promises: loopback ports, pinned tags, health checks, no literal secrets."""
+"""docker-compose.yml and the cluster files fit their schemas and keep their promises: loopback, pinned, no literal secrets."""
 
+import json
+import subprocess
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -44,3 +48,61 @@ def test_every_command_is_known_to_the_start_script() -> None:
         command = service.get("command", [])
         if command and command[0] == "infra/deploy/start":
             assert f"  {command[1]})" in script
+
+
+def test_it_fits_the_compose_specification() -> None:
+    schema = json.loads(Path(__file__).with_name("compose-spec.json").read_text())
+    jsonschema.validate(COMPOSE, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(COMPOSE | {"services": {"s3": {"imago": "x"}}}, schema)
+
+
+@pytest.mark.parametrize("service", ["prefect-server", "ray-head", "ray-worker", "flows"])
+@pytest.mark.parametrize("content", [None, ""])
+def test_no_service_starts_without_its_secrets(service: str, content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        for name in COMPOSE["secrets"]:
+            (tmp_path / name).write_text(content)
+    done = subprocess.run(
+        [str(ROOT / "infra/deploy/start"), service], env={"SECRETS": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is missing or empty" in done.stderr
+
+
+def test_ray_up_s_file_fits_ray_s_schema_and_asks_for_a_token() -> None:
+    cluster = yaml.safe_load((ROOT / "infra/deploy/ray-cluster.yaml").read_text())
+    jsonschema.validate(cluster, json.loads(files("ray.autoscaler").joinpath("ray-schema.json").read_text()))
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    assert "-e RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1]
+
+
+def test_kuberay_pods_ask_for_the_token_and_run_without_rights() -> None:
+    cluster, job = yaml.safe_load_all((ROOT / "infra/deploy/kuberay.yaml").read_text())
+    assert (cluster["kind"], job["kind"]) == ("RayCluster", "RayJob")
+    spec = cluster["spec"]
+    pods = [spec["headGroupSpec"]["template"]["spec"], *(g["template"]["spec"] for g in spec["workerGroupSpecs"])]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert not pod["automountServiceAccountToken"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert not container["image"].endswith("latest")
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert job["spec"]["entrypoint"].startswith("t2i run ")
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert spec["rayVersion"] in (ROOT / "requirements.lock").read_text()
+
+
+def test_prefect_yaml_names_flows_that_are_there() -> None:
+    import importlib
+
+    found = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {each["name"] for each in found} >= {"lifecycle", "nightly", "stage"}
+    for each in found:
+        module, _, name = each["entrypoint"].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert each["tags"] == ["t2i"]

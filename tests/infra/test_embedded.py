@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra import embedded
+from infra import prefect_template
 from infra.embedded import PrefectServer, environment, healthy, local_ray, prefect_server, quiet_environment
 from infra.errors import ConfigError, LifecycleError
 from infra.stages import Resources
@@ -166,8 +166,18 @@ def test_a_new_home_starts_from_the_kept_database(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     home = tmp_path / "home"
     home.mkdir()
-    assert not embedded._start_from_template(home)
+    assert not prefect_template.start_from_template(home)
     (tmp_path / "cache").mkdir()
-    embedded._template().write_bytes(b"a database")
-    assert embedded._start_from_template(home)
+    prefect_template.template().write_bytes(b"a database")
+    assert prefect_template.start_from_template(home)
     assert (home / "prefect.db").read_bytes() == b"a database"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5"])
+@pytest.mark.parametrize(
+    "password", [{}, {"PREFECT_SERVER_API_AUTH_STRING": ""}, {"PREFECT_SERVER_API_AUTH_STRING": ":"}]
+)
+def test_no_server_beyond_loopback_without_a_password(tmp_path: Path, host: str, password: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"a server on {host} can be reached from other machines"):
+        PrefectServer(tmp_path, host=host, more=password)
+    assert not list(tmp_path.iterdir())

@@ -8,8 +8,9 @@ import pytest
 
 from infra import storage
 from infra.artifacts import Artifact, folder_digest
+from infra.disk import require_disk
 from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
-from infra.storage import Store, open_store, require_disk
+from infra.storage import Store, open_store
 
 KEY = "0" * 64
 Commit = Callable[..., Artifact]

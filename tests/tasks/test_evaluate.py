@@ -19,7 +19,13 @@ from tasks.evaluate_subjects import class_drift, kept
 SETS = (PromptSetConfig(name="held_out_basic", prompts=12), PromptSetConfig(name="long", prompts=4, stages=("sft",)))
 SUBJECT = SubjectConfig(stage="robot", parent="sft", prompts=4)
 SMALL = EvaluateConfig(
-    sets=SETS, subjects=(SUBJECT,), diversity_prompts=2, diversity_seeds=2, bootstrap=20, grid_prompts=4
+    sets=SETS,
+    subjects=(SUBJECT,),
+    diversity_prompts=2,
+    diversity_seeds=2,
+    bootstrap=20,
+    grid_prompts=4,
+    refuse_collapsed=False,
 )
 MEANING = {short_caption(scene): scene for scene in all_scenes("full")}
 MEANING |= {long_caption(scene, i): scene for scene in all_scenes("full") for i in range(4)}
@@ -155,3 +161,13 @@ def test_names_that_are_no_inputs_are_refused(run) -> None:
         run(SMALL.model_copy(update={"gates": (GateConfig(stage="ghost", minimum=0.1),)}))
     with pytest.raises(ConfigError, match="asks twice"):
         run(SMALL.model_copy(update={"sets": (SETS[0], SETS[0])}), "twice")
+
+
+def test_a_checkpoint_that_draws_no_pictures_is_refused_with_its_name(run) -> None:
+    facts, out = run(SMALL)
+    verdicts = {v["stage"]: v for v in json.loads((out / "scores.json").read_text())["collapse"]}
+    assert {stage: v["passed"] for stage, v in verdicts.items()} == {"noise": False, "sft": True, "robot": True}
+    assert facts["collapse"][0]["reason"] == "100% of the pictures are black, constant, noise or copies (most: noise)"
+    with pytest.raises(GateFailed, match="noise.collapse: 100%") as refused:
+        run(SMALL.model_copy(update={"refuse_collapsed": True}), "refused")
+    assert refused.value.exit_code == 4

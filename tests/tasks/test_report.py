@@ -157,3 +157,21 @@ def test_funnel_lists_each_reason_at_the_stage_that_found_it() -> None:
     parents = {name: Artifact(kind="x", uri="x", digest=name, stage=name, facts=facts)
                for name, facts in (("download", first), ("dedup", second))}  # fmt: skip
     assert [r["new"] for r in funnel_rows(parents)] == [{"http_404": 2}, {"near_duplicate": 1}]
+
+
+def test_prompts_are_shown_as_typed_and_as_rewritten_and_escaped(context: StageContext, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    both = {"typed": SCORE, "rewritten": SCORE | {"value": 0.875}}
+    scores = {"short_prompt_accuracy": both, "difference": SCORE, "by_kind": {"object": both}, "rewritten": 1,
+              "protected": 3, "protected_kept": 3}  # fmt: skip
+    line = {"kind": "object", "original": EVIL, "revised": "a big cat", "reason": None,
+            "right": {"typed": False, "rewritten": True}}  # fmt: skip
+    for name in both:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes(png(50))
+    (folder / "prompts.json").write_text(json.dumps({"scores": scores, "rows": [line, line]}))
+    report(ReportConfig(), replace(context, inputs={**context.inputs, "prompts": folder}))
+    page = (context.out / "report.html").read_text()
+    assert "as rewritten 0.875" in page and "3 of 3" in page and 'href="#prompts"' in page
+    assert page.count('<td style="text-align:left;min-width:14rem">a big cat') == 1  # pictures of the first row only
+    assert "<script" not in page

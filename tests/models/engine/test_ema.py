@@ -1,0 +1,41 @@
+"""Averages against diffusers' EMAModel and, chosen afterwards, against the average tracked all along."""
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma, combined, synthesis
+
+
+def walk(step: int) -> torch.Tensor:
+    return torch.sin(torch.tensor([step / 40.0, step / 90.0, step / 300.0]))
+
+
+def test_the_constant_decay_is_diffusers_over_1000_steps() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    ours, theirs = PowerEma(layer, 0.0, decay=0.995), EMAModel(layer.parameters(), decay=0.995)
+    for step in range(1000):
+        with torch.no_grad():
+            layer.weight.copy_(walk(step)[None])
+        ours.update(layer)
+        theirs.step(layer.parameters())
+        torch.testing.assert_close(ours.average["weight"], theirs.shadow_params[0], atol=1e-6, rtol=0)
+
+
+def test_an_average_chosen_afterwards_is_the_one_tracked_all_along() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    stored, wanted = [PowerEma(layer, g) for g in SNAPSHOT_GAMMAS], PowerEma(layer, 10.0)
+    places, averages = [], []
+    for step in range(1, 1001):
+        with torch.no_grad():
+            layer.weight.copy_(walk(step)[None])
+        for ema in (*stored, wanted):
+            ema.update(layer)
+        if step % 100 == 0:
+            places += [(ema.gamma, float(step)) for ema in stored]
+            averages += [{"weight": ema.average["weight"].clone()} for ema in stored]
+    made = combined(averages, synthesis(places, 10.0, 1000.0))["weight"]
+    assert float((made - wanted.average["weight"]).abs().max()) < 0.005
+    assert float((averages[-1]["weight"] - wanted.average["weight"]).abs().max()) > 0.02
+    assert synthesis(places, SNAPSHOT_GAMMAS[0], 1000.0)[-2] == pytest.approx(1, abs=1e-6)
