@@ -87,6 +87,11 @@ class Denoiser(nn.Module):
         return self.patch_size
 
     @property
+    def longest_side(self) -> int | None:
+        """Longest side of what is denoised that has positions; None: any."""
+        return None
+
+    @property
     def channels(self) -> int:
         """Channels of what is denoised."""
         return int(self.transformer.config.in_channels)

@@ -65,6 +65,12 @@ class Sd3Denoiser(Denoiser):
         return grid.reshape(len(patches), channels, h * p, w * p)
 
     @property
+    def longest_side(self) -> int | None:
+        """Latents along the longest side that the learnt grid of positions covers."""
+        most = self.transformer.config.pos_embed_max_size
+        return None if most is None else int(most) * self.patch_size
+
+    @property
     def width(self) -> int:
         """Channels of a hidden token."""
         return int(self.transformer.inner_dim)

@@ -70,7 +70,8 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
     check_steps(card, steps, guidance)
     loras = tuple(sorted((name, weight) for name, weight in asked.loras.items() if weight))
     generator = models.generator(model, loras)
-    patch = generator.denoiser.stride * generator.around.codec.factor
+    denoiser, factor = generator.denoiser, generator.around.codec.factor
+    patch = denoiser.stride * factor
     if (
         width % patch
         or height % patch
@@ -80,6 +81,10 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
         raise ConfigError(
             f"size {width}x{height} cannot be drawn; sides are multiples of {patch} from {2 * patch} on, and the area is "
             f"at most {config.largest:g} times {card.side}x{card.side}"
+        )
+    if denoiser.longest_side is not None and max(width, height) > (most := denoiser.longest_side * factor):
+        raise ConfigError(
+            f"size {width}x{height} cannot be drawn; {model.name!r} has positions for {most} px along a side"
         )
     encode = generator.around.encode
     if (count := encode.count(asked.prompt)) > encode.longest:

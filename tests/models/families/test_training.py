@@ -14,8 +14,10 @@ from models.engine.randomness import Randomness
 from models.networks import sd3, unet
 from models.networks.config import LoraConfig, Sd3Config, UNetConfig
 from models.networks.denoiser import Denoiser
+from models.networks.routing import Route
 from models.personalization.lora import add_lora
-from models.pretraining.config import TimestepConfig
+from models.pretraining import baselines
+from models.pretraining.config import ObjectiveConfig, TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
 
 SD3_TIMES = TimestepConfig(shift="static", static_shift=3.0)
@@ -59,12 +61,16 @@ def run(make: Callable[[], Denoiser], folder, kill: int | None = None):
     return train(FlowMatching(make(), SD3_TIMES), asked, config(6), folder)
 
 
-def adapted() -> Denoiser:
-    denoiser = sd3_network()
+def awake(denoiser: Denoiser) -> Denoiser:
     with torch.no_grad():
         for parameter in denoiser.parameters():
             if not parameter.any():
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return denoiser
+
+
+def adapted() -> Denoiser:
+    denoiser = awake(sd3_network())
     add_lora(denoiser, LoraConfig(rank=2, targets=TARGETS), 0)
     return denoiser
 
@@ -128,3 +134,43 @@ def test_sd3_text_reaches_the_network_packed() -> None:
         changed.tokens[:, row] += 1
         first, second = (denoiser.predict(b.images, t, b.tokens, b.mask)[0] for b in (batch, changed))
         assert not torch.equal(first, second)
+
+
+def test_tokens_of_sd3_skip_blocks_and_come_back() -> None:
+    """Kept tokens alone pass block 1; all kept is no route at all; a UNet has no tokens to route."""
+    denoiser, batch, t = awake(sd3_network()), batches(0), torch.full((4,), 0.5)
+    plain, whole = denoiser.predict(batch.images, t, batch.tokens, batch.mask, 0)
+    every = Route(torch.arange(16).expand(4, 16), 1, 1)
+    same, _ = denoiser.predict(batch.images, t, batch.tokens, batch.mask, route=every)
+    torch.testing.assert_close(same, plain)
+    kept = Route(torch.tensor([[0, 3, 9]]).expand(4, 3), 1, 1)
+    routed, passed = denoiser.predict(batch.images, t, batch.tokens, batch.mask, 1, route=kept)
+    assert whole is not None
+    assert passed is not None
+    assert passed.shape == (4, 3, 16)
+    seen: list[torch.Tensor] = []
+    denoiser.transformer.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    denoiser.predict(batch.images, t, batch.tokens, batch.mask, route=kept)
+    skipped = [i for i in range(16) if i not in (0, 3, 9)]
+    assert torch.equal(seen[0][:, skipped], whole[:, skipped])
+    assert torch.equal(seen[0][:, [0, 3, 9]], passed)
+    assert not torch.equal(routed, plain)
+    with pytest.raises(ValueError, match="no token grid"):
+        unet_network()(batch.images, t, batch.tokens, batch.mask, route=kept)
+
+
+def test_a_kind_is_for_networks_whose_answer_is_taken_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"ddpm_v needs .* this family's means velocity; use x_0"):
+        FlowMatching(sd3_network(), SD3_TIMES, objective=ObjectiveConfig(kind="ddpm_v"))
+
+
+@pytest.mark.parametrize("weight", ["min_snr", "cosmap"])
+def test_a_weight_is_the_velocity_objectives_own(weight) -> None:
+    """Trained as x_0 of a velocity network or, by the written-out formula, as the velocity: one loss."""
+    denoiser, config = awake(sd3_network()), ObjectiveConfig(weight=weight)
+    objective = FlowMatching(denoiser, SD3_TIMES, objective=config)
+    batch = objective.prepare(batches(0), Randomness(0, 0, (0, 1, 2, 3)))
+    v, _ = denoiser.predict(batch.extra["x_t"], batch.extra["t"], batch.tokens, batch.mask)
+    velocity = ObjectiveConfig(kind="velocity", weight=weight)
+    slow = baselines.error(v, batch.images, batch.extra["eps"], batch.extra["t"], velocity).mean()
+    torch.testing.assert_close(objective.loss("denoiser", batch).total, slow, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def write_lora(out: Path, base: Artifact, trigger: str, seed: int) -> None:
     adapter = lora_files.from_module(adapted.transformer, {"base": base.digest, "trigger": trigger})
     save_forms(adapter, out / "adapter", "lora")
     write_checkpoint(out, merge(adapted), CARD.model_copy(update={"trigger": trigger}))
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> tuple[Store, Callable[..., Artifact]]:
+    """A store, and commit(stage, init, write) into it."""
+    store = open_store(tmp_path / "root")
+    return store, partial(commit, store, tmp_path)
 
 
 @pytest.fixture
