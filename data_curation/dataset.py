@@ -5,6 +5,7 @@ Shapes: N rows of a bucket, B rows of a batch, H x W picture px, T text tokens (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,7 @@ class TrainingSet:
         self._short = self.index["caption_short"].to_numpy().astype(np.int64)
         self._long = self.index["caption_long"].to_numpy().astype(np.int64)
         self._pictures: dict[tuple[int, int], tuple[NDArray[np.uint8], NDArray[np.float16]]] = {}
+        self._latents: dict[tuple[int, int], NDArray[np.float32]] = {}
 
     @classmethod
     def open(cls, folder: Path) -> TrainingSet:
@@ -127,6 +129,22 @@ class TrainingSet:
         return Gathered(
             images[batch.positions], self._short[batch.rows], self._long[batch.rows], teacher[batch.positions]
         )
+
+    @property
+    def latent_scaling(self) -> tuple[float, float] | None:
+        """Scale and shift of cached latents; None where pictures were not encoded by a VAE."""
+        path = self.folder / "latents.json"
+        if not path.exists():
+            return None
+        told = json.loads(path.read_text())
+        return float(told["scale"]), float(told["shift"])
+
+    def latents(self, batch: Batch) -> NDArray[np.float32]:
+        """Cached posteriors of a batch, mean and log-variance [B, 2C, H / f, W / f]."""
+        if batch.bucket not in self._latents:
+            path = self.folder / f"latents-{batch.bucket[0]}x{batch.bucket[1]}.safetensors"
+            self._latents[batch.bucket] = load_file(path)["moments"]
+        return self._latents[batch.bucket][batch.positions]
 
     def text(
         self, ids: Sequence[int] | NDArray[np.int64], max_tokens: int | None = None

@@ -21,8 +21,8 @@ from models.posttraining.config import (
     ReflConfig,
     RewardModelConfig,
 )
-from models.pretraining.config import FlowMatchingConfig
-from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ReportConfig
+from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ModelConfig, ReportConfig
 
 
 class PosttrainConfig(Config):
@@ -92,9 +92,14 @@ class LifecycleConfig(Config):
     seed: int = Field(default=0, ge=0, description="Added to the seed of every training stage; data stay the same")
     data: DataConfig = Field(default=DataConfig(), description="Curation")
     judge: JudgeConfig = Field(default=JudgeConfig(), description="The judge behind prompt accuracy")
+    model: ModelConfig | None = Field(
+        default=None, description="Foreign diffusers pipeline to start from, a folder or hub id; null: from scratch"
+    )
+    autoencoder: AutoencoderConfig | None = Field(
+        default=None, description="A VAE of one's own, in whose latents the model is trained; null: pixels"
+    )
     pretrain: tuple[FlowMatchingConfig, ...] = Field(
         default=(FlowMatchingConfig(),),
-        min_length=1,
         description="Pre-training and continued training, each from the last",
     )
     posttrain: PosttrainConfig = Field(default=PosttrainConfig(), description="SFT and preference tuning")
@@ -129,6 +134,25 @@ class LifecycleConfig(Config):
         subjects = (*(stage.name for stage in self.personalize), *(mix.name for mix in self.mix))
         students = (stage.name for stage in self.distill)
         return (*(stage.name for stage in self.pretrain), *post, *self.posttrain.branches, *subjects, *students)
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> LifecycleConfig:
+        if self.model is None and not self.pretrain:
+            raise ValueError("pretrain is empty and there is no model to start from; give one of them")
+        if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
+            raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
+                             "personalize, mix and distill to []")  # fmt: skip
+        enhancer = self.posttrain.prompt_enhancer
+        if self.model is not None and enhancer is not None and enhancer.check is not None:
+            raise ValueError(
+                "posttrain.prompt_enhancer.check draws the demo's scenes, which a foreign model does not know; set it to null"
+            )
+        if self.model is not None and (self.personalize or self.mix or self.distill):
+            raise ValueError(
+                "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "
+                "set personalize, mix and distill to [] or model to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> LifecycleConfig:

@@ -11,6 +11,7 @@ from infra.stages import StageSpec
 from models.personalization.config import DreamBoothConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
+from tasks.config import FeaturesConfig, ModelConfig
 
 C = TypeVar("C", bound=Config)
 SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_folder"}
@@ -18,6 +19,8 @@ SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_
 
 def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
     """Curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
+    if config.model is not None:
+        return on_model(config, config.model)
     return [
         *curation(config.data),
         spec_of("judge", "train_judge", config.judge),
@@ -28,6 +31,35 @@ def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
         *distillation(config),
         *proof(config),
     ]
+
+
+def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
+    """A foreign model tuned on data of one's own: no stage here knows the demo's scenes, so none judges by them."""
+    specs = [
+        *curation(config.data),
+        spec_of("model", "import_model", model),
+        spec_of("features", "features", FeaturesConfig(), data="encode", model="model"),
+    ]
+    post, seed, last, data = config.posttrain, config.seed, "model", {"data": "features"}
+    for stage in (*config.pretrain, *(() if post.sft is None else (post.sft,))):
+        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, seed), init=last, **data))
+        last = stage.name
+    tuned, start, pairs = [last], {"init": last, **data}, post.pairs_name
+    if post.needs_pairs and post.pairs_table is not None:
+        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
+    elif post.needs_pairs:
+        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), **start))
+    reward = {} if post.reward_model is None else {"reward": post.reward_model.name}
+    if post.reward_model is not None:
+        name = post.reward_model.name
+        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
+    for branch in post.online:
+        specs.append(spec_of(branch.name, online_function(branch), seeded(branch, seed), **start, **reward))
+    if post.dpo is not None:
+        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start))
+    exports = {name: name for name in (*tuned, *post.branches)}
+    specs += prompt_enhancement(config)
+    return [*specs, spec_of("export", "export", config.export, **exports)]
 
 
 def curation(data: DataConfig, **known: str) -> list[StageSpec]:
@@ -51,11 +83,34 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     ]
 
 
+def training_set(config: LifecycleConfig) -> str:
+    """Stage whose training set the model reads: pictures, or latents."""
+    return "encode" if config.autoencoder is None else "features"
+
+
+def latents(config: LifecycleConfig) -> list[StageSpec]:
+    """The VAE of one's own, if there is to be one, and the training set in its latents."""
+    vae = config.autoencoder
+    if vae is None:
+        return []
+    return [
+        spec_of(vae.name, "autoencoder", seeded(vae, config.seed), data="encode"),
+        spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name),
+    ]
+
+
+def frozen(config: LifecycleConfig) -> dict[str, str]:
+    """Role -> stage of what a fresh model is built around."""
+    return {} if config.autoencoder is None else {"frozen": config.autoencoder.name}
+
+
 def pretraining(config: LifecycleConfig) -> list[StageSpec]:
     """Each stage goes on from the one before."""
-    specs, init = [], dict[str, str]()
+    specs, init = latents(config), frozen(config)
     for stage in config.pretrain:
-        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data="encode", **init))
+        specs.append(
+            spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init)
+        )
         init = {"init": stage.name}
     return specs
 
@@ -65,9 +120,11 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
     specs = []
     if post.sft is not None:
-        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data="encode", init=last))
+        specs.append(
+            spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data=training_set(config), init=last)
+        )
         last = post.sft.name
-    start, pairs = {"init": last, "data": "encode"}, post.pairs_name
+    start, pairs = {"init": last, "data": training_set(config)}, post.pairs_name
     if post.needs_pairs and post.pairs_table is not None:
         specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
     elif post.needs_pairs:

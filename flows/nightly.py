@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_curation.config import RememberConfig
 from flows.config import LifecycleConfig
-from flows.dag import curation, seeded
+from flows.dag import curation, seeded, training_set
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Record, Run
 from flows.shown import PrefectDisplay, show
@@ -26,7 +26,7 @@ from infra.stages import StageSpec
 from infra.storage import Store, open_store
 from models.pretraining.config import FlowMatchingConfig
 from tasks.catalog import spec_of
-from tasks.config import EvaluateConfig, GateConfig, PromptSetConfig
+from tasks.config import EvaluateConfig, FeaturesConfig, GateConfig, PromptSetConfig
 from tasks.promote import PromoteConfig
 
 Beside = dict[str, tuple[Artifact, ...]]
@@ -94,13 +94,15 @@ class Night:
 
     def specs(self, max_loss: float, replay: float, steps: int | None) -> list[StageSpec]:
         """All stages of the night."""
-        encode = curation(self.config.data, known=SEEN)[-1]
+        encoded = [curation(self.config.data, known=SEEN)[-1]]
+        if self.config.autoencoder is not None:
+            encoded.append(spec_of("features", "features", FeaturesConfig(), data="encode", model=CURRENT))
         stage = seeded(continued(self.config, replay, steps), self.config.seed)
         judged = {CURRENT: CURRENT, CANDIDATE: CANDIDATE}
         past = {name: name for name in self.past}
         return [
-            *self.curated(), encode,
-            spec_of(CANDIDATE, "flow_matching", stage, data="encode", init=CURRENT, **past),
+            *self.curated(), *encoded,
+            spec_of(CANDIDATE, "flow_matching", stage, data=training_set(self.config), init=CURRENT, **past),
             spec_of("nightly-scores", "evaluate", nightly_gate(self.config, max_loss), judge="judge", data="past-00",
                     truth="truth", **judged),
             spec_of("promoted", "promote", PromoteConfig(), scores="nightly-scores", candidate=CANDIDATE),
@@ -108,7 +110,7 @@ class Night:
 
     def promote(self, store: Store, record: Record) -> None:
         """Point at the candidate, unless another run has moved the champion since this one began."""
-        beside: Beside = self.champion.beside | {"sets": (*self.sets, made(store, record, "encode"))}
+        beside: Beside = self.champion.beside | {"sets": (*self.sets, made(store, record, training_set(self.config)))}
         why = f"passed its gate against generation {self.champion.generation}"
         move(store, champion_of(self.config), self.champion.generation, made(store, record, CANDIDATE), self.run_id, why,
              beside)  # fmt: skip
@@ -147,6 +149,10 @@ def seen_of(config: LifecycleConfig) -> str:
 
 def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
     """Where champion and watermark are; the first time, the newest finished lifecycle of this name sets them."""
+    if config.model is not None:
+        raise ConfigError(
+            "a night is judged by the demo's scenes, which a foreign model does not know; set model to null"
+        )
     champion, seen = moves(store, champion_of(config)), moves(store, seen_of(config))
     if champion and seen:
         return champion[-1], seen[-1]
@@ -157,7 +163,7 @@ def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
         )
     run, start = finished[0], LifecycleConfig.model_validate(finished[0]["config"])
     beside: Beside = {"judge": (made(store, run, "judge"),), "truth": (made(store, run, "source"),),
-              "sets": (made(store, run, "encode"),)}  # fmt: skip
+              "sets": (made(store, run, training_set(start)),)}  # fmt: skip
     why, model = "the first one", made(store, run, start.chain[-1])
     first = champion[-1] if champion else move(store, champion_of(config), 0, model, run["run"], why, beside)
     mark = seen[-1] if seen else move(store, seen_of(config), 0, made(store, run, "buckets"), run["run"], why)

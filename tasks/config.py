@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Config
+from infra.local_files import fingerprint
 from models.evaluation.config import GateConfig, JudgeConfig
 
 __all__ = [
     "CompareConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FeaturesConfig",
     "GateConfig",
     "JudgeConfig",
+    "ModelConfig",
     "PromptSetConfig",
     "ReportConfig",
     "SubjectConfig",
@@ -93,6 +97,32 @@ class ReportConfig(Config):
         default=None, description="Stages in the grid, in order; none given = all"
     )
     max_megabytes: float = Field(default=10.0, gt=0, description="The page must stay below this size")
+
+
+class ModelConfig(Config):
+    """A foreign diffusers pipeline to start from."""
+
+    source: str = Field(min_length=1, description="diffusers folder, or hub id OWNER/NAME, best with @COMMIT")
+    fingerprint: str | None = Field(default=None, description="Digest of the folder; null: taken when this is read")
+    side: int | None = Field(default=None, ge=8, description="Side of the pictures it draws, px; null: its own default")
+    steps: int = Field(default=28, ge=1, le=1000, description="Euler steps")
+    guidance: float = Field(default=7.0, ge=1, le=30, description="Guidance")
+    prompt_max_tokens: int = Field(default=256, ge=8, le=512, description="Longest prompt in tokens (SD3: of the T5)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_fingerprint(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"source": data}
+        if isinstance(data, dict) and isinstance(data.get("source"), str) and data.get("fingerprint") is None:
+            return data | {"fingerprint": fingerprint(Path(data["source"]).expanduser())}
+        return data
+
+
+class FeaturesConfig(Config):
+    """The training set in a model's own terms; the model decides all."""
+
+    name: str = Field(default="features", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
 
 
 class ExportConfig(Config):

@@ -16,9 +16,9 @@ from models.engine.distribute import world
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks import prx
+from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.personalization.lora import save_adapter
 from models.pretraining.config import SelectConfig
 from tasks.teacher_pairs import pair_batches
@@ -40,10 +40,12 @@ def distill(config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
         kept[:] = [trainer]
         return plan.model_of(trainer)
 
-    facts = run_training(plan.objective, batches, config.train, ctx, model_of, card, fixed_prompts(data))
+    facts = run_training(
+        plan.objective, batches, config.train, ctx, model_of, card, fixed_prompts(data), frozen=ctx.inputs["init"]
+    )
     if world()[0] == 0:
         for steps, other in plan.others_of(kept[0]).items():
-            prx.save(other, ctx.out / f"transformer-{steps}")
+            other.save(ctx.out / f"transformer-{steps}")
         facts |= write_extras(config, ctx, nets, kept[0], plan.model_of, batches)
     return facts | {"method": config.method.kind, "trained_steps": list(plan.trained_steps)}
 
@@ -51,10 +53,10 @@ def distill(config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
 def networks(config: DistillConfig, ctx: StageContext, data: TrainingData) -> Networks:
     """Every network the method may need, from the teacher's folder or an earlier student's."""
     folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
-    teacher = prx.load(folder, data.text_mean, data.text_std)
-    schedule = Schedule(card.shift_rule, teacher.transformer.patch_size)
-    student = prx.load(start_folder(config, ctx), data.text_mean, data.text_std)
-    fake = prx.load(folder, data.text_mean, data.text_std)
+    teacher = families.load(folder, card, data.text_mean, data.text_std)
+    schedule = Schedule(card.shift_rule, teacher.patch_size)
+    student = families.load(start_folder(config, ctx), card, data.text_mean, data.text_std)
+    fake = families.load(folder, card, data.text_mean, data.text_std)
     return Networks(student, teacher, fake, data.null(), schedule)
 
 
@@ -77,7 +79,7 @@ def student_card(config: DistillConfig, ctx: StageContext, plan: Plan) -> Sampli
         update={
             "steps": config.student_steps, "guidance": 1.0, "distilled": True, "sampler": plan.sampler,
             "trained_steps": plan.trained_steps, "method": config.method.kind, "distilled_guidance": config.guidance,
-            "teacher": ctx.parents["init"].digest,
+            "teacher": ctx.parents["init"].digest, "scheduler": None,
         }
     )  # fmt: skip
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from infra.stages import StageContext
-from models.networks import prx
+from models.networks import families
+from models.networks.checkpoint import read_card
 from models.networks.export import export_pipeline
 from models.personalization import lora_import
 from models.personalization.lora import save_forms
 from tasks.config import ExportConfig
+from tasks.training import architecture_of
 
 COMPARE = "compare"
 
@@ -45,5 +47,7 @@ def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
 
 def export_adapter(checkpoint: Path, target: Path, role: str) -> None:
     """The adapter in its three forms, named like the folder."""
-    adapter = lora_import.read(checkpoint / "adapter", prx.load(checkpoint / "transformer").transformer)
-    save_forms(adapter, target, role)
+    adapter = lora_import.read(
+        checkpoint / "adapter", families.load(checkpoint / "transformer", read_card(checkpoint)).transformer
+    )
+    save_forms(adapter, target, role, architecture_of(read_card(checkpoint)))

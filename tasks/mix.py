@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import ConfigError
 from infra.stages import StageContext
-from models.networks import prx
+from models.networks import families
 from models.networks.checkpoint import read_card, write_checkpoint
 from models.personalization import lora_files, lora_import, mixing
 from models.personalization.config import MixConfig
@@ -21,7 +21,8 @@ from models.personalization.mixing import Part
 def mix(config: MixConfig, ctx: StageContext) -> dict[str, Any]:
     """Write the merged checkpoint, mix.json, and for sum and svd the mix as one adapter in three forms."""
     init = ctx.inputs["init"]
-    base, digest = prx.load(init / "transformer"), ctx.parents["init"].digest
+    card, digest = read_card(init), ctx.parents["init"].digest
+    base = families.load(init / "transformer", card)
     parts = {
         name: Part(lora_import.read(ctx.inputs[name] / "adapter", base.transformer, digest), weight,
                    config.blocks.get(name, {}))
@@ -36,7 +37,7 @@ def mix(config: MixConfig, ctx: StageContext) -> dict[str, Any]:
     weights = lora_files.stock_weights(base.transformer)
     mixed = mixing.mix(parts, weights, config.method, config.rank, config.density, config.seed)
     words = " and ".join(trigger for _, trigger in sorted(triggers.items()) if trigger)
-    write_checkpoint(ctx.out, with_changes(base, mixed.changes), read_card(init).model_copy(update={"trigger": words}))
+    write_checkpoint(ctx.out, with_changes(base, mixed.changes), card.model_copy(update={"trigger": words}), init)
     about = {"base": digest, "trigger": words}
     match config.method:
         case "sum" if not any(part.adapter.magnitudes for part in parts.values()):

@@ -21,9 +21,13 @@ from models.engine.loop import Trainer
 from models.engine.objective import Batch, Objective
 from models.engine.randomness import Randomness, shuffled
 from models.evaluation.judge import Judge
-from models.networks import prx, text_encoder
+from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
+from models.networks.discriminator import text_vector
+from models.networks.families import Surroundings
+from models.networks.text_features import Encode, PackagedText
+from models.personalization.lora_files import is_adapted
 from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo
@@ -32,9 +36,10 @@ from models.posttraining.refl import Refl
 from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted
 from models.posttraining.reward_model import RewardModel
 from models.posttraining.rollout import Sampling
-from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots
 
+REWARD_TOKENS = 64  # as the reward model reads prompts
 MEASURED_ON = 64  # pictures of the start that give a reward its sigma
 
 
@@ -52,6 +57,7 @@ def grouped(method: Callable[..., Objective], config: GrpoConfig | NftConfig, ct
     """A policy that learns from groups of its own pictures, held by a frozen copy where there is a KL term."""
     start = Start.of(config, ctx)
     reference = copy.deepcopy(start.denoiser) if config.kl > 0 else None
+    adapt(start.denoiser, config.lora, config.train.seed, ctx.inputs["init"])
     objective = method(start.denoiser, reference, start.rewards, start.sampling, config)
     batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
     return tune(objective, "policy", batches, config.train, ctx, start)
@@ -60,6 +66,7 @@ def grouped(method: Callable[..., Objective], config: GrpoConfig | NftConfig, ct
 def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
     """ReFL of `init`, with flow matching on the training set's pictures."""
     start = Start.of(config, ctx)
+    adapt(start.denoiser, config.lora, config.train.seed, ctx.inputs["init"])
     objective = Refl(start.denoiser, Composite(start.rewards), start.sampling, config)
     asked = prompt_batches(start.prompts, config.prompts.side, config.train, 1)
     real = start.data.batches(config.select, config.train.batch_size, config.train.seed, teacher=False)
@@ -74,26 +81,43 @@ def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Scenes with their text features; the first `trained` are for training, the others for the guard."""
+    """Captions with their text features; the first `trained` are for training, the others for the guard."""
 
-    scenes: tuple[demo.Scene, ...]
+    scenes: tuple[demo.Scene, ...]  # what the captions show, as far as it is known
     tokens: torch.Tensor  # [N, T, D]
     mask: torch.Tensor  # [N, T]
     trained: int
+    channels: int = 3
+    factor: int = 1
+    reward_text: torch.Tensor | None = None  # [N, E] for a reward with a text encoder of its own
 
     @classmethod
-    def of(cls, scenes: Sequence[demo.Scene], trained: int, max_tokens: int) -> Prompts:
+    def of(cls, scenes: Sequence[demo.Scene], trained: int, around: Surroundings) -> Prompts:
         """Encode the scenes' short captions."""
         captions = [demo.short_caption(scene) for scene in scenes]
-        features = [text_encoder.encode(captions[at : at + 64], max_tokens) for at in range(0, len(captions), 64)]
-        tokens, mask = (torch.cat(part) for part in zip(*features, strict=True))
-        longest = int(mask.sum(1).max())
-        return cls(tuple(scenes), tokens[:, :longest], mask[:, :longest], trained)
+        tokens, mask = features_of(captions, around.encode)
+        return cls(tuple(scenes), tokens, mask, trained, around.codec.channels, around.codec.factor)
+
+    @classmethod
+    def of_captions(cls, captions: Sequence[str], around: Surroundings) -> Prompts:
+        """Encode captions of one's own, for the denoiser and for the reward; all are for training."""
+        own = text_vector(*features_of(captions, PackagedText(REWARD_TOKENS)))
+        tokens, mask = features_of(captions, around.encode)
+        return cls((), tokens, mask, len(captions), around.codec.channels, around.codec.factor, own)
 
     def batch(self, rows: torch.Tensor, slots: Sequence[int], side: int) -> Batch:
         """What these rows [B] ask; the pictures only give the size."""
-        blank = torch.zeros(len(rows), 3, side, side)
-        return Batch(blank, self.tokens[rows], self.mask[rows], tuple(slots), extra={"scene": rows})
+        blank = torch.zeros(len(rows), self.channels, side // self.factor, side // self.factor)
+        extra = {"scene": rows} if self.reward_text is None else {"scene": rows, "reward_text": self.reward_text[rows]}
+        return Batch(blank, self.tokens[rows], self.mask[rows], tuple(slots), extra=extra)
+
+
+def features_of(captions: Sequence[str], encode: Encode) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [N, T, D] and mask [N, T] of captions, no longer than the longest."""
+    features = [encode(captions[at : at + 64]) for at in range(0, len(captions), 64)]
+    tokens, mask = (torch.cat(part) for part in zip(*features, strict=True))
+    longest = int(mask.sum(1).max())
+    return tokens[:, :longest], mask[:, :longest]
 
 
 def published(count: int, seed: int, without: Collection[str] = ()) -> list[demo.Scene]:
@@ -134,14 +158,14 @@ class Start:
     @classmethod
     def of(cls, config: OnlineConfig, ctx: StageContext) -> Start:
         """Open the inputs; every reward is measured on pictures of the start."""
-        refuse_distilled(ctx.inputs["init"], ctx.name)
-        data, card = TrainingData(ctx.inputs["data"]), read_card(ctx.inputs["init"])
-        denoiser = prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std)
-        sampling = sampling_of(card, data, denoiser)
-        watched = 0 if config.guard is None else config.guard.prompts
-        scenes = published(config.prompts.count + watched, config.train.seed)
-        prompts = Prompts.of(scenes, config.prompts.count, card.prompt_max_tokens)
-        judge = Judge.load(ctx.inputs["judge"])
+        init = ctx.inputs["init"]
+        refuse_distilled(init, ctx.name)
+        data, card = TrainingData(ctx.inputs["data"]), read_card(init)
+        denoiser = families.load(init / "transformer", card, data.text_mean, data.text_std)
+        around = families.surroundings(init, card)
+        sampling = sampling_of(card, data, denoiser, around)
+        judge = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None
+        prompts = prompts_of(config, data, around, own=judge is None)
         first = torch.arange(min(MEASURED_ON, prompts.trained))
         asked = prompts.batch(first, first.tolist(), config.prompts.side)
         pictures = drawn(denoiser, asked, sampling, card.steps, config.train.seed)
@@ -150,30 +174,45 @@ class Start:
             for term in config.rewards
         )
         guard = None
-        if config.guard is not None:
+        if config.guard is not None and judge is not None:
             guard = partial(guard_of, config.guard, denoiser, card, sampling, judge, prompts, Composite(rewards))
         return cls(denoiser, card, data, sampling, prompts, rewards, guard)
 
 
-def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser) -> Sampling:
+def prompts_of(config: OnlineConfig, data: TrainingData, around: Surroundings, own: bool) -> Prompts:
+    """Published scenes, or captions of one's own data where no judge knows what they show."""
+    if own:
+        if config.guard is not None:
+            raise ConfigError("the guard's held-out reward is the demo's judge; set guard to null for data of your own")
+        captions = data.set.captions[1:]
+        order = np.random.default_rng([config.train.seed, 78]).permutation(len(captions))[: config.prompts.count]
+        return Prompts.of_captions([captions[i] for i in order], around)
+    watched = 0 if config.guard is None else config.guard.prompts
+    scenes = published(config.prompts.count + watched, config.train.seed)
+    return Prompts.of(scenes, config.prompts.count, around)
+
+
+def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings) -> Sampling:
     """As the card says; the empty prompt without its padding."""
     tokens, mask = data.null()
     used = int(mask.sum())
-    patch = denoiser.transformer.config.patch_size
-    return Sampling((tokens[:, :used], mask[:, :used]), card.guidance, card.shift_rule, patch)
+    null = (tokens[:, :used], mask[:, :used])
+    return Sampling(null, card.guidance, card.shift_rule, denoiser.patch_size, around.codec, card.scheduler)
 
 
 @torch.no_grad()
 def drawn(net: Denoiser, asked: Batch, sampling: Sampling, steps: int, seed: int) -> torch.Tensor:
     """Pictures [B, 3, H, W] in [-1, 1]."""
     noise = Randomness(seed, 0, asked.slots).normal("measured", tuple(asked.images.shape[1:]))
-    return sampling.follow(net, noise, sampling.times(steps, noise), asked).clamp(-1, 1)
+    return sampling.pictures(sampling.follow(net, noise, sampling.times(steps, noise), asked))
 
 
-def reward_of(term: RewardTerm, judge: Judge, prompts: Prompts, ctx: StageContext) -> Reward:
+def reward_of(term: RewardTerm, judge: Judge | None, prompts: Prompts, ctx: StageContext) -> Reward:
     """The reward of one term."""
     match term.kind:
         case "judge":
+            if judge is None:
+                raise ConfigError("the judge knows the demo's scenes only; reward with kind: model or sharpness")
             return JudgeReward(judge, prompts.scenes)
         case "model":
             return RewardModel.load(ctx.inputs["reward"])
@@ -206,11 +245,13 @@ def tune(
     """Train under the guard and write what it saw."""
     guard = None if start.guard is None else start.guard(player)
 
-    def model_of(trainer: Trainer) -> Denoiser:
+    def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, player, start.denoiser)
 
-    prompts = fixed_prompts(start.data)
-    facts = run_training(objective, batches, train, ctx, model_of, start.card, prompts, guard)
+    init, prompts = ctx.inputs["init"], fixed_prompts(start.data)
+    model_of = Finished(trained, is_adapted(start.denoiser.transformer), init)
+    facts = run_training(objective, batches, train, ctx, model_of, start.card, prompts, guard, init)
+    model_of.write_adapter(ctx)
     return facts | written(guard, ctx)
 
 

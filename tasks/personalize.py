@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_curation import scenes as demo
+from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.distribute import world
 from models.engine.loop import Trainer
 from models.engine.randomness import derive_seed
-from models.networks import prx, text_encoder
+from models.networks import families, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
@@ -36,10 +37,17 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     data = TrainingData(ctx.inputs["data"])
     token, found = token_of(config, ctx, data.set.captions)
     card = read_card(ctx.inputs["init"]).model_copy(update={"trigger": token})
+    if card.family != "prx-pixel":
+        raise ConfigError(
+            f"{config.name}: {ctx.inputs['init']} is a {card.family}, subjects are learnt by prx-pixel alone; "
+            "set personalize to []"
+        )
     subject = subject_of(config, ctx, token, card)
     instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
     prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
-    denoiser, base = (prx.load(ctx.inputs["init"] / "transformer", data.text_mean, data.text_std) for _ in range(2))
+    denoiser, base = (
+        families.load(ctx.inputs["init"] / "transformer", card, data.text_mean, data.text_std) for _ in range(2)
+    )
     add_lora(denoiser, config.lora, config.train.seed)
     start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
     objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)

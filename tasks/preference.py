@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data_curation import scenes as demo
+from data_curation.dataset import Batch as Rows
 from data_curation.preference_table import read_comparisons
 from infra.arrays import save_arrays
 from infra.errors import DataRefused
@@ -21,9 +22,9 @@ from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import derive_seed, shuffled
 from models.evaluation.judge import Judge
-from models.networks import prx, text_encoder
+from models.networks import families
 from models.networks.checkpoint import read_card
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
 from models.posttraining.guards import Guard
@@ -31,7 +32,7 @@ from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pa
 from models.posttraining.reward import JudgeReward, judge_reward
 from models.sampling.generate import load_generator
 from tasks.online import Prompts, guard_of, published, sampling_of, written
-from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
 CHUNK = 64  # pictures drawn by one call
@@ -39,6 +40,8 @@ CHUNK = 64  # pictures drawn by one call
 
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     """Best and worst picture of each group under the reward; ties dropped."""
+    if config.source == "data":
+        return pairs_with_data(config, ctx)
     judge = Judge.load(ctx.inputs["judge"])
     published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
     rng = np.random.default_rng([config.seed, 77])
@@ -96,29 +99,60 @@ def _rollout(item: tuple[PairsConfig, Path, list[str], list[int]]) -> np.ndarray
         return load_generator(checkpoint).sample(prompts, seeds, steps=config.steps, guidance=config.guidance)
 
 
+def pairs_with_data(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
+    """A curated picture is preferred to the model's for its caption (SPIN-Diffusion, arXiv:2402.10210); needs no judge."""
+    data, card = TrainingData(ctx.inputs["data"]), read_card(ctx.inputs["init"])
+    selection = data.set.select((card.side,))
+    bucket = (card.side, card.side)
+    if bucket not in selection.buckets:
+        raise DataRefused(f"pairs: no {card.side}x{card.side} bucket in the training set; the model draws that size")
+    rows = selection.buckets[bucket]
+    chosen = rows[np.random.default_rng([config.seed, 77]).permutation(len(rows))[: config.prompts]]
+    found = data.set.gather(Rows(bucket, selection.positions[chosen], chosen))
+    prompts = [data.set.captions[i] for i in found.short]
+    seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(prompts))]
+    slices = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
+    parts = ctx.fan_out(_rollout, [(config, ctx.inputs["init"], prompts[part], seeds[part]) for part in slices])
+    save_arrays(ctx.out / "pairs.safetensors", {"winner": found.images, "loser": np.concatenate(parts)})
+    count = len(prompts)
+    table = pa.table(
+        {
+            "prompt": prompts, "scene": [""] * count, "seed_winner": [-1] * count, "seed_loser": seeds,
+            "reward_winner": [1.0] * count, "reward_loser": [0.0] * count, "source": ["data"] * count,
+            "strength": [1.0] * count,
+        }
+    )  # fmt: skip
+    pq.write_table(table, ctx.out / "pairs.parquet")
+    return {"prompts": count, "pairs": count, "ties": 0}
+
+
 def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     """Diffusion-DPO of `init` on `pairs`."""
     refuse_distilled(ctx.inputs["init"], config.name)
     data = TrainingData(ctx.inputs["data"])
-    folder, card = ctx.inputs["init"] / "transformer", read_card(ctx.inputs["init"])
-    denoiser = prx.load(folder, data.text_mean, data.text_std)
-    reference = prx.load(folder, data.text_mean, data.text_std)
+    init, card = ctx.inputs["init"], read_card(ctx.inputs["init"])
+    denoiser, reference = (families.load(init / "transformer", card, data.text_mean, data.text_std) for _ in range(2))
+    adapt(denoiser, config.lora, config.train.seed, init)
     objective = DiffusionDpo(denoiser, reference, config)
 
-    def model_of(trainer: Trainer) -> Denoiser:
+    def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser)
 
+    model_of = Finished(trained, config.lora is not None, init)
     guard = None if config.guard is None else guard_of_pairs(config.guard, config.train.seed, ctx, data, denoiser)
     batches, prompts = pair_batches(config, ctx), fixed_prompts(data)
-    return run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard) | written(guard, ctx)
+    facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard, init)
+    model_of.write_adapter(ctx)
+    return facts | written(guard, ctx)
 
 
 def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: TrainingData, denoiser: Denoiser) -> Guard:
     """The guard on published prompts of which there is no pair."""
     card, judge = read_card(ctx.inputs["init"]), Judge.load(ctx.inputs["judge"])
     paired = set(pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["scene"].to_pylist())
-    prompts = Prompts.of(published(config.prompts, seed, paired), 0, card.prompt_max_tokens)
-    sampling, trained = sampling_of(card, data, denoiser), JudgeReward(judge, prompts.scenes)
+    around = families.surroundings(ctx.inputs["init"], card)
+    prompts = Prompts.of(published(config.prompts, seed, paired), 0, around)
+    sampling, trained = sampling_of(card, data, denoiser, around), JudgeReward(judge, prompts.scenes)
     return guard_of(config, denoiser, card, sampling, judge, prompts, trained, "denoiser")
 
 
@@ -127,7 +161,9 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
     pairs = read_pairs(ctx.inputs["pairs"]).of(TRAIN)
     pictures, prompts = {"winner": pairs.winner, "loser": pairs.loser}, list(pairs.prompts)
     distinct = list(dict.fromkeys(prompts))
-    tokens, mask = text_encoder.encode(distinct, read_card(ctx.inputs["init"]).prompt_max_tokens)
+    around = families.surroundings(ctx.inputs["init"], read_card(ctx.inputs["init"]))
+    encoded = [around.encode(distinct[at : at + CHUNK]) for at in range(0, len(distinct), CHUNK)]
+    tokens, mask = (torch.cat(part) for part in zip(*encoded, strict=True))
     longest = int(mask.sum(1).max())
     tokens, mask = tokens[:, :longest], mask[:, :longest]
     caption = torch.tensor([distinct.index(p) for p in prompts])
@@ -138,8 +174,8 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
         rows = shuffled(seed, "pair order", count, [step * size + slot for slot in slots])
         ids = caption[rows]
         return Batch(
-            to_model(pictures["winner"][rows.numpy()]), tokens[ids], mask[ids], slots,
-            extra={"loser": to_model(pictures["loser"][rows.numpy()])},
+            around.codec.x_0(to_model(pictures["winner"][rows.numpy()])), tokens[ids], mask[ids], slots,
+            extra={"loser": around.codec.x_0(to_model(pictures["loser"][rows.numpy()]))},
         )  # fmt: skip
 
     return batch

@@ -18,9 +18,14 @@ from models.engine.distribute import world
 from models.engine.loop import Trainer, Watch, train, write_metrics
 from models.engine.objective import Batch, Objective
 from models.engine.weights import with_weights
-from models.networks import prx
+from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
-from models.networks.prx import Denoiser
+from models.networks.codec import factor_of
+from models.networks.config import LoraConfig
+from models.networks.denoiser import Denoiser
+from models.personalization import lora_files
+from models.personalization.lora import add_lora, merge, save_forms, stacked
+from models.personalization.lora_import import read as read_adapter
 from models.pretraining.config import FlowMatchingConfig, ShiftConfig
 from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
 from models.pretraining.densities import histogram
@@ -31,6 +36,7 @@ from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
+PIXEL_CHANNELS = 3
 PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
@@ -50,14 +56,20 @@ def run_training(
     card: SamplingCard,
     prompts: list[str],
     watch: Watch | None = None,
+    frozen: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, drawing the fixed prompts on the way, and write the checkpoint folder (rank 0); returns facts."""
+    """Train, drawing the fixed prompts on the way, and write the checkpoint folder (rank 0); returns facts.
+
+    `frozen` is the folder of the text encoders and the VAE that are not packaged.
+    """
     grids = ctx.scratch / "grids"
+    drawing = bool(prompts) and world()[0] == 0
+    around = families.surroundings(frozen, card) if drawing and frozen is not None else None
 
     def draw(step: int, trainer: Trainer) -> None:
-        if world()[0] == 0 and prompts:
+        if drawing:
             grids.mkdir(parents=True, exist_ok=True)
-            pictures = Generator(model_of(trainer), card).sample(prompts, list(range(len(prompts))))
+            pictures = Generator(model_of(trainer), card, around=around).sample(prompts, list(range(len(prompts))))
             save_grid(pictures, grids / f"step-{step:06d}.png", columns=6)
 
     events = SummaryWriter(str(ctx.scratch / "tensorboard")) if world()[0] == 0 else None
@@ -72,7 +84,7 @@ def run_training(
     if events is not None:
         events.close()
     if world()[0] == 0:
-        write_checkpoint(ctx.out, model_of(trainer), card)
+        write_checkpoint(ctx.out, model_of(trainer), card, frozen)
         write_metrics(trainer.rows, ctx.out / "metrics.jsonl")
         if grids.exists():
             shutil.copytree(grids, ctx.out / "grids", dirs_exist_ok=True)
@@ -86,37 +98,111 @@ def run_training(
 
 
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:
-    """Train a denoiser from scratch or from `init` on the rows the config selects."""
+    """Train a denoiser from scratch or from `init` on the rows the config selects; with `lora`, an adapter of it."""
     data = TrainingData(ctx.inputs["data"])
     past = [TrainingData(folder) for role, folder in sorted(ctx.inputs.items()) if role.startswith(PAST)]
     scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
-    train_config = config.train
-    if "init" in ctx.inputs:
-        denoiser = prx.load(ctx.inputs["init"] / "transformer", scale.text_mean, scale.text_std)
-        refuse_distilled(ctx.inputs["init"], config.name)
+    train_config, init = config.train, ctx.inputs.get("init")
+    card, frozen = card_of(config, init), init or ctx.inputs.get("frozen")
+    if init is not None:
+        denoiser = families.load(init / "transformer", card, scale.text_mean, scale.text_std)
+        refuse_distilled(init, config.name)
     else:
-        denoiser = prx.build(config.network, data.text_mean, data.text_std, train_config.seed)
+        side, seed = config.sampling.side, train_config.seed
+        denoiser = families.build(config.network, frozen, data.text_mean, data.text_std, side, seed)
     if config.objective.kind != "x_0":
         raise ConfigError(
             f"{config.name}: objective.kind={config.objective.kind} trains a network the stock pipeline would sample wrongly; "
-            "use x_0 here, and the others through FlowMatching and Predictor, for comparison"
+            "use x_0 here, whatever the family predicts itself, and the others through FlowMatching and Predictor, for comparison"
         )
+    refuse_other_space(denoiser, data, config.name)
+    adapt(denoiser, config.lora, train_config.seed, init)
     phases = phases_of(config)
     repa = alignment(config, denoiser, data, phases)
     objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
     cached = repa is not None and repa.config.needs_cached_features
     batches = curriculum_batches(data, phases, train_config.seed, cached, past)
-    card = SamplingCard(
-        steps=config.sampling.steps, guidance=config.sampling.guidance, side=config.sampling.side,
-        prompt_max_tokens=config.network.prompt_max_tokens,
-        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
-    )  # fmt: skip
 
-    def model_of(trainer: Trainer) -> Denoiser:
+    def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
-    facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data))
-    return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times_shown(config, denoiser)}
+    model_of = Finished(trained, config.lora is not None, init)
+    facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data), frozen=frozen)
+    model_of.write_adapter(ctx)
+    times = times_shown(config, denoiser, 1 if frozen is None else factor_of(frozen))
+    return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times}
+
+
+def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
+    """How the trained model is sampled: as the config says, or as the foreign pipeline at its root is."""
+    before = None if init is None else read_card(init)
+    if before is not None and before.origin is not None:
+        return before
+    kept = (
+        families.family_of(config.network)
+        if before is None
+        else {"family": before.family, "prediction": before.prediction}
+    )
+    return SamplingCard.model_validate({
+        "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
+        "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
+        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
+    })  # fmt: skip
+
+
+def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> None:
+    """A denoiser of latents needs a training set with latents, one of pixels a set without."""
+    if (data.scaling is None) != (denoiser.channels == PIXEL_CHANNELS):
+        has = "no latents" if data.scaling is None else "latents"
+        raise ConfigError(
+            f"stage {stage!r}: its network takes {denoiser.channels} channels, but its training set has {has}; "
+            "pixels need the encode stage's set, latents the features stage's"
+        )
+
+
+def architecture_of(card: SamplingCard) -> str:
+    """What kohya's form calls the network."""
+    return "sd3" if card.family == "sd3" else "prx"
+
+
+def adapt(denoiser: Denoiser, lora: LoraConfig | None, seed: int, init: Path | None) -> None:
+    """Put fresh adapters on a denoiser, if they are asked for."""
+    if lora is None:
+        return
+    if init is None:
+        raise ConfigError("lora adapts a trained model; give a model or a stage to start from, or set lora to null")
+    if denoiser.depth == 0:
+        raise ConfigError("lora files name the layers of a transformer; a UNet is trained whole, set lora to null")
+    if lora.init == "pissa" or (lora.kind == "dora" and (init / "adapter").is_dir()):
+        raise ConfigError(
+            f"lora kind={lora.kind} init={lora.init} cannot be stacked on the adapter before; use plain LoRA"
+        )
+    add_lora(denoiser, lora, seed)
+
+
+class Finished:
+    """The trained denoiser of a trainer as it is sampled, adapters merged; keeps the last one for its adapter files."""
+
+    def __init__(self, trained: Callable[[Trainer], Denoiser], lora: bool, init: Path | None) -> None:
+        self.trained, self.lora, self.init = trained, lora, init
+        self.last: Denoiser | None = None
+
+    def __call__(self, trainer: Trainer) -> Denoiser:
+        """The denoiser to sample and save."""
+        self.last = self.trained(trainer)
+        return merge(self.last) if self.lora else self.last
+
+    def write_adapter(self, ctx: StageContext) -> None:
+        """adapter/ in three forms: what all stages since the base added, so that it loads on the base itself."""
+        if not self.lora or self.last is None or self.init is None or world()[0] != 0:
+            return
+        about = {"base": ctx.parents["init"].digest}
+        adapter = lora_files.from_module(self.last.transformer, about)
+        if (self.init / "adapter").is_dir():
+            card = read_card(self.init)
+            before = read_adapter(self.init / "adapter", families.load(self.init / "transformer", card).transformer)
+            adapter = stacked(before, adapter)
+        save_forms(adapter, ctx.out / "adapter", ctx.name, architecture_of(read_card(self.init)))
 
 
 def curriculum_batches(
@@ -134,7 +220,12 @@ def alignment(
     repa, steps, seed = config.repa, config.train.steps, config.train.seed
     if repa is None:
         return None
-    width, patch = denoiser.transformer.hidden_size, denoiser.transformer.config.patch_size
+    width, patch = denoiser.width, denoiser.patch_size
+    if repa.kind == "teacher" and not repa.needs_cached_features and data.scaling is not None:
+        raise ConfigError(
+            f"stage {config.name!r}: repa.teacher={repa.teacher!r} looks at pictures, but this training set hands out latents; "
+            "use cached features, kind dispersive or self, or set repa to null"
+        )
     match repa.kind:
         case "dispersive":
             return Dispersive(repa, steps)
@@ -150,9 +241,9 @@ def alignment(
             return Repa(repa, projector_of(repa, width, features, seed), steps, teacher, patch)
 
 
-def times_shown(config: FlowMatchingConfig, denoiser: Denoiser) -> list[float]:
-    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side."""
-    tokens = (config.sampling.side // denoiser.transformer.config.patch_size) ** 2
+def times_shown(config: FlowMatchingConfig, denoiser: Denoiser, factor: int) -> list[float]:
+    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
+    tokens = (config.sampling.side // factor // denoiser.patch_size) ** 2
     return histogram(tokens, config.timesteps)
 
 

@@ -13,6 +13,7 @@ from infra.errors import ConfigError
 from models.engine.distribute import world
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
+from models.networks.codec import Scaling, drawn
 from models.pretraining.config import SelectConfig
 
 
@@ -37,6 +38,7 @@ class TrainingData:
         self.set = TrainingSet.open(folder)
         self.text_mean = torch.from_numpy(self.set.mean)
         self.text_std = torch.from_numpy(self.set.std)
+        self.scaling = None if (told := self.set.latent_scaling) is None else Scaling(*told)
 
     def null(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty prompt, [1, T, D] and [1, T]."""
@@ -93,8 +95,14 @@ class TrainingData:
             captions = np.where(empty, 0, np.where(use_long, rows.long, rows.short))
             tokens, mask = self.set.text(captions)
             features = torch.from_numpy(rows.teacher) if teacher else None
+            if self.scaling is None:
+                images = to_model(rows.images)
+            else:
+                moments = torch.from_numpy(self.set.latents(part))
+                eps = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
+                images = drawn(moments, eps, self.scaling)
             return Batch(
-                to_model(rows.images), torch.from_numpy(tokens), torch.from_numpy(mask), slots, features,
+                images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, features,
                 rows=tuple(part.rows.tolist()),
             )  # fmt: skip
 

@@ -20,8 +20,8 @@ from models.distillation.grid import Schedule
 from models.engine.config import OptimizerConfig
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
 from models.networks.discriminator import Critic, hinge, positions, r1_penalty, text_vector
-from models.networks.prx import Denoiser
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import guided_x_0
 

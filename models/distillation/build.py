@@ -32,9 +32,9 @@ from models.engine.config import OptimizerConfig
 from models.engine.loop import Trainer
 from models.engine.objective import Objective
 from models.engine.weights import with_weights
+from models.networks.denoiser import Denoiser
 from models.networks.discriminator import Critic, CriticHead
 from models.networks.image_encoder import CHANNELS, ImageEncoder
-from models.networks.prx import Denoiser
 from models.personalization.lora import add_lora, merge
 
 ADVERSARIAL_BETAS = (0.0, 0.999)
@@ -70,12 +70,12 @@ class Networks:
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.teacher.transformer.blocks)
+        return self.teacher.depth
 
     @property
     def width(self) -> int:
         """Channels of a token."""
-        return int(self.teacher.transformer.hidden_size)
+        return self.teacher.width
 
     @property
     def text_dim(self) -> int:

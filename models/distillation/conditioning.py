@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 
 SCALE = 100.0  # radians per unit at the highest frequency
 
@@ -51,11 +51,16 @@ class ConditionedDenoiser(nn.Module):
         output = self.denoiser(x_t, t, tokens, mask, condition=self.embedding(scalar))
         return output
 
+    @property
+    def t_clamp(self) -> float:
+        """The denoiser's."""
+        return self.denoiser.t_clamp
+
 
 @torch.no_grad()
 def folded(denoiser: Denoiser, embedding: ScalarEmbedding, scalar: float) -> Denoiser:
     """The plain denoiser for one value of the scalar."""
     clone = copy.deepcopy(denoiser)
-    bias = clone.transformer.time_in.out_layer.bias
+    bias = clone.time_bias
     bias.add_(embedding(torch.tensor([scalar], dtype=bias.dtype))[0])
     return clone

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from infra.config import Config
 from models.engine.config import OptimizerConfig, TrainConfig
-from models.personalization.config import LoraConfig
+from models.networks.config import LoraConfig
 
 Perceptual = Literal["efficientnet_lite0", "lpips"]
 

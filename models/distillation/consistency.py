@@ -23,16 +23,16 @@ from models.distillation.grid import Schedule
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
 from models.engine.weights import put_weights
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import T_CLAMP, Denoiser, velocity_of
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import euler_step
 
 Null = tuple[torch.Tensor, torch.Tensor]
 
 
-def consistency_function(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def consistency_function(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, clamp: float = T_CLAMP) -> torch.Tensor:
     """f = x_t - t F from the network's x_0-prediction; it is that prediction wherever the velocity is not clamped."""
-    return x_t - t.view(-1, 1, 1, 1) * velocity_of(x_0, x_t, t)
+    return x_t - t.view(-1, 1, 1, 1) * velocity_of(x_0, x_t, t, clamp)
 
 
 class ConsistencyDistillation:
@@ -88,10 +88,10 @@ class ConsistencyDistillation:
         distance = ((f - batch.extra["target"]).square() + c * c).sqrt() - c
         return Loss(distance.mean(), {"consistency": distance.detach().mean()})
 
-    def _f(self, net: nn.Module, x: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _f(self, net: Denoiser | ConditionedDenoiser, x: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
         scalar = (batch.extra["guidance"],) if "guidance" in batch.extra else ()
         x_0, _ = net(x, t, batch.tokens, batch.mask, *scalar)
-        return consistency_function(x_0, x, t)
+        return consistency_function(x_0, x, t, net.t_clamp)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -24,8 +24,8 @@ from models.distillation.perceptual import Distance
 from models.engine.config import OptimizerConfig
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
 from models.networks.discriminator import CriticHead, text_vector
-from models.networks.prx import Denoiser
 from models.pretraining.flow_matching import noised, velocity_error
 from models.sampling.euler import guided_x_0
 
@@ -125,7 +125,7 @@ class DistributionMatching:
         x_t = noised(x, batch.extra["eps_fake"], t)
         layer = self.config.gan_layer if self.config.gan_weight > 0 else None
         x_0, hidden = self.fake["denoiser"](x_t, t, batch.tokens, batch.mask, layer)
-        score = velocity_error(x_0, x, t).mean()
+        score = velocity_error(x_0, x, t, self.student.t_clamp).mean()
         if hidden is None:
             return Loss(score, {"score": score.detach()})
         text = text_vector(batch.tokens, batch.mask)

@@ -19,7 +19,7 @@ from models.distillation.grid import Schedule
 from models.distillation.perceptual import Distance
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser, velocity_of
 from models.pretraining.flow_matching import noised, velocity_error
 
 
@@ -62,7 +62,7 @@ class InstaFlow:
         """||v - (z - x^)||^2, plus the perceptual distance of the end points at the end of the run."""
         t, x_t = batch.extra["t"], batch.extra["x_t"]
         x_0, _ = self.student(x_t, t, batch.tokens, batch.mask)
-        error = velocity_error(x_0, batch.images, t)
+        error = velocity_error(x_0, batch.images, t, self.student.t_clamp)
         parts = {"flow": error.detach().mean()}
         if self.perceptual is not None and bool(batch.extra["perceptual"]):
             distance = self.perceptual(x_0, batch.images)
@@ -75,10 +75,10 @@ class InstaFlow:
 
 
 @torch.no_grad()
-def straightness(net: nn.Module, batch: Batch, rng: Randomness) -> float:
+def straightness(net: Denoiser, batch: Batch, rng: Randomness) -> float:
     """S = E ||(z - x^) - v(x_t, t)||^2 over t uniform (Liu et al. 2022, arXiv:2209.03003, eq. 8); 0 for straight flows."""
     t = rng.stratified("straightness")
     x_t = noised(batch.images, batch.extra["noise"], t)
     x_0, _ = net(x_t, t, batch.tokens, batch.mask)
-    error = batch.extra["noise"] - batch.images - velocity_of(x_0, x_t, t)
+    error = batch.extra["noise"] - batch.images - velocity_of(x_0, x_t, t, net.t_clamp)
     return float(error.square().mean())

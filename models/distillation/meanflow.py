@@ -25,7 +25,7 @@ from models.distillation.config import MeanFlowConfig
 from models.distillation.consistency import Null
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser, velocity_of
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import guided_x_0
 
@@ -53,7 +53,7 @@ class MeanFlow:
     def average_velocity(self, x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, batch: Batch) -> torch.Tensor:
         """u(x, t, r) of the student."""
         x_0, _ = self.student(x, t, batch.tokens, batch.mask, t - r)
-        return velocity_of(x_0, x, t)
+        return velocity_of(x_0, x, t, self.student.t_clamp)
 
     @torch.no_grad()
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
@@ -61,7 +61,7 @@ class MeanFlow:
         t, r = (times.to(batch.images.dtype) for times in self.intervals(rng))
         x_t = noised(batch.images, rng.normal("noise", tuple(batch.images.shape[1:])), t)
         x_0 = guided_x_0(self.teacher, x_t, t, batch.tokens, batch.mask, self.null, self.guidance)
-        v = velocity_of(x_0, x_t, t)
+        v = velocity_of(x_0, x_t, t, self.teacher.t_clamp)
         target = self._derived(x_t, t, r, v, batch) if self.config.split is None else self._split(x_t, t, r, v, batch)
         return replace(batch, extra={"t": t, "r": r, "x_t": x_t, "target": target})
 

@@ -19,7 +19,7 @@ from models.distillation.consistency import Null
 from models.distillation.grid import Schedule
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser, velocity_of
 from models.pretraining.flow_matching import noised
 from models.sampling.euler import euler_step
 
@@ -79,7 +79,7 @@ class ProgressiveDistillation:
         """||v_student - v*||^2."""
         t, x_t = batch.extra["t"], batch.extra["x_t"]
         x_0, _ = self.student(x_t, t, batch.tokens, batch.mask)
-        error = (velocity_of(x_0, x_t, t) - batch.extra["velocity"]).square().mean()
+        error = (velocity_of(x_0, x_t, t, self.student.t_clamp) - batch.extra["velocity"]).square().mean()
         return Loss(error, {"progressive": error.detach()})
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from models.distillation.config import ScmConfig
 from models.distillation.consistency import Null
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.sampling.euler import guided_x_0
 
 LEAST_ANGLE = 0.05

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from infra.config import Config
-from models.networks import prx
-from models.networks.prx import Denoiser
+from models.networks.config import FamilyName
+from models.networks.denoiser import Denoiser, Prediction
+from models.networks.diffusers_folder import FROZEN, take
 from models.pretraining.config import ShiftConfig, ShiftRule
 
 
 class SamplingCard(Config):
     """sampling.json: all that is needed to sample the weights beside it as they were trained."""
 
-    family: Literal["prx-pixel"] = Field(default="prx-pixel", description="Network family")
-    prediction: Literal["x_0"] = Field(default="x_0", description="What the network predicts")
+    family: FamilyName = Field(default="prx-pixel", description="Network family")
+    prediction: Prediction = Field(default="x_0", description="What the network predicts")
     steps: int = Field(default=8, ge=1, description="Euler steps")
     guidance: float = Field(default=2.0, ge=1, description="Guidance scale (standard form; 1 = none)")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
@@ -31,6 +32,16 @@ class SamplingCard(Config):
     distilled_guidance: float | None = Field(default=None, description="Teacher guidance inside a student")
     teacher: str | None = Field(default=None, description="Digest of a student's teacher")
     trigger: str | None = Field(default=None, description="Rare token of a personalised checkpoint")
+    scheduler: dict[str, Any] | None = Field(
+        default=None,
+        description="A foreign pipeline's scheduler, whose grid is kept",
+        exclude_if=lambda kept: kept is None,
+    )
+    origin: dict[str, Any] | None = Field(
+        default=None,
+        description="Foreign pipeline at the root: source, revision, class",
+        exclude_if=lambda o: o is None,
+    )
     static_shift: float = Field(default=3.0, gt=0, description="As in ShiftConfig", exclude_if=lambda k: k == 3.0)
     max_tokens: int = Field(default=4096, ge=2, description="As in ShiftConfig", exclude_if=lambda n: n == 4096)
     base_mu: float = Field(default=0.5, description="As in ShiftConfig", exclude_if=lambda mu: mu == 0.5)
@@ -64,9 +75,11 @@ def check_steps(card: SamplingCard, steps: int, guidance: float) -> None:
         )
 
 
-def write_checkpoint(folder: Path, denoiser: Denoiser, card: SamplingCard) -> None:
-    """Write transformer/ (text standardisation folded in) and sampling.json."""
-    prx.save(denoiser, folder / "transformer")
+def write_checkpoint(folder: Path, denoiser: Denoiser, card: SamplingCard, frozen: Path | None = None) -> None:
+    """Write transformer/ (text standardisation folded in) and sampling.json, with the frozen components of a folder."""
+    denoiser.save(folder / "transformer")
+    if frozen is not None:
+        take(frozen, folder, FROZEN)
     (folder / "sampling.json").write_text(card.model_dump_json(indent=2))
 
 

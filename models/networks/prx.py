@@ -1,6 +1,6 @@
-"""The default family: diffusers' PRX transformer in pixel space, predicting the clean picture x_0.
+"""The default family: diffusers' PRX transformer, in pixel space predicting x_0 or in a VAE's latents predicting the velocity.
 
-`Denoiser` wraps the stock class without changing its weights' names, so that what we train is what diffusers loads. It
+`PrxDenoiser` wraps the stock class without changing its weights' names, so that what we train is what diffusers loads. It
 adds two things: text features are standardised per dimension (folded into `txt_in` on export, which is exact because
 both are linear) and the hidden layer REPA asks for is returned.
 """
@@ -9,45 +9,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel, get_image_ids, img2seq, seq2img
 from torch import nn
 
 from models.networks.config import PrxConfig
+from models.networks.denoiser import Denoiser, Prediction
 from models.networks.routing import Route
 
-T_CLAMP = 0.05  # PRXPixelPipeline divides by max(t, 0.05) when it turns x_0 into a velocity
 
+class PrxDenoiser(Denoiser):
+    """Text features come in raw; `text_mean` and `text_std` standardise them."""
 
-class Denoiser(nn.Module):
-    """x_t, t, text -> x_0. Text features come in raw; `text_mean` and `text_std` standardise them."""
-
-    text_mean: torch.Tensor
-    text_std: torch.Tensor
-
-    def __init__(self, transformer: PRXTransformer2DModel, text_mean: torch.Tensor, text_std: torch.Tensor) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.register_buffer("text_mean", text_mean.float())
-        self.register_buffer("text_std", text_std.float())
-
-    def forward(
-        self,
-        x_t: torch.Tensor,  # [B, 3, H, W]
-        t: torch.Tensor,  # [B] in [0, 1], 1 = noise
-        tokens: torch.Tensor,  # [B, T, D]
-        mask: torch.Tensor,  # [B, T] bool
-        hidden_layer: int | None = None,
-        condition: torch.Tensor | None = None,  # [B, W]
-        route: Route | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The clean picture [B, 3, H, W] and, if asked for, the tokens [B, L, W] after that block (0-based).
-
-        `condition` is added to the time embedding; with a `route` some tokens skip some blocks (training only).
-        """
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """As the stock forward does it."""
         net = self.transformer
-        b, _, h, w = x_t.shape
+        b, channels, h, w = x_t.shape
         text = net.txt_in((tokens - self.text_mean) / self.text_std)
         image = net.img_in(img2seq(x_t, net.patch_size))
         rotary = net.pe_embedder(get_image_ids(1, h, w, patch_size=net.patch_size, device=x_t.device))
@@ -65,21 +47,54 @@ class Denoiser(nn.Module):
                 hidden = image
             if route is not None and whole is not None and index == route.last:
                 image, rotary = route.restored(whole, image), everywhere
-        return seq2img(net.final_layer(image, time), net.patch_size, torch.Size((b, 3, h, w))), hidden
+        return seq2img(net.final_layer(image, time), net.patch_size, torch.Size((b, channels, h, w))), hidden
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden token."""
+        return int(self.transformer.hidden_size)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.transformer.blocks)
+
+    @property
+    def time_bias(self) -> torch.Tensor:
+        """Bias [W] of the last layer of the time embedding."""
+        bias: torch.Tensor = self.transformer.time_in.out_layer.bias
+        return bias
+
+    def around(self, network: Any) -> PrxDenoiser:
+        """The same standardisation around another transformer."""
+        return PrxDenoiser(network, self.prediction, self.text_mean, self.text_std)
+
+    def save(self, folder: Path) -> None:
+        """Write the stock transformer folder, the text standardisation folded into `txt_in`."""
+        net = self.transformer
+        weight, bias = net.txt_in.weight.detach().clone(), net.txt_in.bias.detach().clone()
+        with torch.no_grad():
+            net.txt_in.weight.copy_(weight / self.text_std)
+            net.txt_in.bias.copy_(bias - (weight / self.text_std) @ self.text_mean)
+        try:
+            net.save_pretrained(folder)
+            forget_paths(folder)
+        finally:
+            with torch.no_grad():
+                net.txt_in.weight.copy_(weight)
+                net.txt_in.bias.copy_(bias)
 
 
-def velocity_of(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """eps - x_0 of the straight path through x_t that ends in x_0, with the pipeline's clamp on t."""
-    return (x_t - x_0) / t.clamp_min(T_CLAMP).view(-1, 1, 1, 1)
-
-
-def build(config: PrxConfig, text_mean: torch.Tensor, text_std: torch.Tensor, seed: int) -> Denoiser:
+def build(
+    config: PrxConfig, text_mean: torch.Tensor, text_std: torch.Tensor, seed: int, channels: int = 3,
+    prediction: Prediction = "x_0",
+) -> PrxDenoiser:  # fmt: skip
     """A fresh denoiser; the output layer and all modulations start at zero (adaLN-zero, arXiv:2212.09748)."""
     head_dim = config.hidden_size // config.num_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = PRXTransformer2DModel(
-            in_channels=3, patch_size=config.patch_size, context_in_dim=config.text_dim,
+            in_channels=channels, patch_size=config.patch_size, context_in_dim=config.text_dim,
             hidden_size=config.hidden_size, mlp_ratio=config.mlp_ratio, num_heads=config.num_heads,
             depth=config.depth, axes_dim=[head_dim // 2, head_dim // 2], theta=config.theta,
         )  # fmt: skip
@@ -88,23 +103,7 @@ def build(config: PrxConfig, text_mean: torch.Tensor, text_std: torch.Tensor, se
         nn.init.zeros_(block.modulation.lin.bias)
     nn.init.zeros_(net.final_layer.linear.weight)
     nn.init.zeros_(net.final_layer.linear.bias)
-    return Denoiser(net, text_mean, text_std)
-
-
-def save(denoiser: Denoiser, folder: Path) -> None:
-    """Write the stock transformer folder, the text standardisation folded into `txt_in`."""
-    net = denoiser.transformer
-    weight, bias = net.txt_in.weight.detach().clone(), net.txt_in.bias.detach().clone()
-    with torch.no_grad():
-        net.txt_in.weight.copy_(weight / denoiser.text_std)
-        net.txt_in.bias.copy_(bias - (weight / denoiser.text_std) @ denoiser.text_mean)
-    try:
-        net.save_pretrained(folder)
-        forget_paths(folder)
-    finally:
-        with torch.no_grad():
-            net.txt_in.weight.copy_(weight)
-            net.txt_in.bias.copy_(bias)
+    return PrxDenoiser(net, prediction, text_mean, text_std)
 
 
 def forget_paths(folder: Path) -> None:
@@ -116,7 +115,10 @@ def forget_paths(folder: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def load(folder: Path, text_mean: torch.Tensor | None = None, text_std: torch.Tensor | None = None) -> Denoiser:
+def load(
+    folder: Path, text_mean: torch.Tensor | None = None, text_std: torch.Tensor | None = None,
+    prediction: Prediction = "x_0",
+) -> PrxDenoiser:  # fmt: skip
     """A saved denoiser; with a standardisation it is taken out of `txt_in` again (for training on)."""
     net = PRXTransformer2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     dim = net.txt_in.in_features
@@ -126,4 +128,4 @@ def load(folder: Path, text_mean: torch.Tensor | None = None, text_std: torch.Te
         folded = net.txt_in.weight.detach().clone()
         net.txt_in.weight.copy_(folded * std)
         net.txt_in.bias.add_(folded @ mean)
-    return Denoiser(net, mean, std)
+    return PrxDenoiser(net, prediction, mean, std)

@@ -10,41 +10,10 @@ from pydantic import Field, model_validator
 from infra.config import Config
 from infra.local_files import fingerprint
 from models.engine.config import OptimizerConfig, TrainConfig
+from models.networks.config import LoraConfig
 from models.pretraining.config import TimestepConfig
 
 MixMethod = Literal["sum", "svd", "ties", "dare"]
-
-
-class LoraConfig(Config):
-    """Low-rank adapters (arXiv:2106.09685) on the linear layers of every block."""
-
-    kind: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="LoRA; rsLoRA: scale alpha / sqrt(rank); DoRA: also learns the length of each row"
-    )
-    rank: int = Field(default=16, ge=1, description="Rank of each adapter")
-    alpha: float | None = Field(default=None, gt=0, description="Numerator of the scale; null: the rank, scale 1")
-    rank_pattern: dict[str, int] = Field(default={}, description="Other ranks by the end of a layer's name")
-    alpha_pattern: dict[str, float] = Field(default={}, description="Other alphas by the end of a layer's name")
-    init: Literal["zero", "gaussian", "pissa"] = Field(
-        default="zero", description="zero, gaussian: B = 0; pissa: the layer's leading singular vectors"
-    )
-    targets: tuple[str, ...] = Field(
-        default=("img_qkv_proj", "txt_kv_proj", "to_out.0", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-        description="Names of the adapted linear layers",
-    )
-
-    @model_validator(mode="after")
-    def _patterns_are_sound(self) -> LoraConfig:
-        for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for name, value in pattern.items():
-                if value <= 0:
-                    raise ValueError(f"lora.{field}.{name}={value} is not above 0; give a rank or alpha above 0")
-        if self.init == "pissa" and self.kind == "dora":
-            raise ValueError(
-                "lora.init=pissa changes the base, whose rows dora measures; set init to zero or kind to lora"
-            )
-        return self
 
 
 class DreamBoothConfig(Config):

@@ -19,7 +19,7 @@ import torch
 
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.pretraining.config import TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
 

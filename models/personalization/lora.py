@@ -14,12 +14,11 @@ from pathlib import Path
 
 import peft
 import torch
-from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from torch import Tensor, nn
 
-from models.networks.prx import Denoiser
+from models.networks.config import LoraConfig
+from models.networks.denoiser import Denoiser
 from models.personalization import lora_files, lora_import
-from models.personalization.config import LoraConfig
 from models.personalization.lora_files import Adapter
 
 
@@ -81,17 +80,29 @@ def since(adapter: Adapter, start: Adapter) -> Adapter:
     return Adapter(layers, adapter.about)
 
 
+def stacked(before: Adapter, after: Adapter) -> Adapter:
+    """Two adapters trained one after the other as one for the first one's base; ranks add up."""
+    if before.magnitudes or after.magnitudes:
+        raise ValueError("DoRA measures the rows of its own base; only plain adapters can be stacked")
+    layers = dict(before.layers)
+    for name, (a, b) in after.layers.items():
+        held = layers.get(name)
+        layers[name] = (a, b) if held is None else (torch.cat([held[0], a]), torch.cat([held[1], b], 1))
+    return Adapter(layers, before.about)
+
+
 def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str], start: Adapter | None = None) -> None:
     """Write a peft folder; `metadata` may name the `base` (its digest) and the `trigger`, `start` is PiSSA's adapter."""
     adapter = lora_files.from_module(denoiser.transformer, metadata)
     lora_files.save_peft(adapter if start is None else since(adapter, start), folder)
 
 
-def save_forms(adapter: Adapter, folder: Path, name: str) -> None:
+def save_forms(adapter: Adapter, folder: Path, name: str, architecture: str = "prx") -> None:
     """The three forms of an adapter in one folder: peft, diffusers, and NAME-kohya.safetensors."""
     lora_files.save_peft(adapter, folder)
     lora_files.save_diffusers(adapter, folder)
-    lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture="prx", prefix="lora_unet_")
+    prefix = "lora_transformer_" if architecture == "sd3" else "lora_unet_"  # what ComfyUI maps to each
+    lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture, prefix)
 
 
 def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> None:
@@ -111,6 +122,6 @@ def with_changes(denoiser: Denoiser, changes: Mapping[str, Tensor]) -> Denoiser:
     net = denoiser.transformer
     weights = lora_files.stock_weights(net)
     weights |= {f"{layer}.weight": weights[f"{layer}.weight"] + change for layer, change in changes.items()}
-    merged = PRXTransformer2DModel.from_config(net.config)
+    merged = type(net).from_config(net.config)
     merged.load_state_dict(weights)
-    return Denoiser(merged, denoiser.text_mean, denoiser.text_std)
+    return denoiser.around(merged)

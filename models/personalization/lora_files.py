@@ -61,6 +61,11 @@ class Adapter:
         return {"r": common, "lora_alpha": common, "target_modules": targets, "use_rslora": False} | pattern
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether peft layers are on it."""
+    return any(isinstance(layer, LoraLayer) for layer in module.modules())
+
+
 def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(O, I) of every linear layer by its stock name, adapted or not."""
     found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}

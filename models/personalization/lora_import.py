@@ -65,6 +65,15 @@ def read(path: Path, module: nn.Module, base: str | None = None) -> Adapter:
     return Adapter(layers, about, magnitudes)
 
 
+def base_of(path: Path) -> str | None:
+    """Digest of the base that an adapter's file names."""
+    file = _locate(path)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
+    told = _json(file, "t2i", header.get("t2i", "{}")).get("base")
+    return None if told is None else str(told)
+
+
 def _magnitudes(
     file: Path, parts: dict[str, dict[str, tuple[str, Tensor]]], sides: dict[str, tuple[int, int]], said: dict[str, Any]
 ) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config
+from infra.stages import IF_SET
 from models.engine.config import OptimizerConfig, TrainConfig
+from models.networks.config import LoraConfig
 from models.pretraining.config import SelectConfig, TimestepConfig
 
 
@@ -21,6 +23,10 @@ class PairsConfig(Config):
     guidance: float = Field(default=2.0, ge=1, description="Guidance of the rollouts, as at inference")
     min_gap: float = Field(default=0.05, ge=0, description="Reward gap below which a pair is a tie and dropped")
     seed: int = Field(default=0, ge=0, description="Seed of prompts and noise")
+    source: Literal["judge", "data"] = Field(
+        default="judge", json_schema_extra=IF_SET,
+        description="judge: best and worst of a group; data: a curated picture against the model's for its caption (SPIN)",
+    )  # fmt: skip
 
 
 class ImportPairsConfig(Config):
@@ -69,6 +75,9 @@ class DpoConfig(Config):
         description="Flow matching on the preferred pictures, over the preference's strongest pull beta/2",
     )
     guard: GuardConfig | None = Field(default=None, description="Stops reward hacking; null: no guard")
+    lora: LoraConfig | None = Field(
+        default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
+    )
 
     @model_validator(mode="after")
     def _looks_at_log_rows(self) -> DpoConfig:
@@ -102,6 +111,9 @@ class OnlineConfig(Config):
     prompts: PromptsConfig = PromptsConfig()
     rewards: tuple[RewardTerm, ...] = Field(default=(RewardTerm(),), min_length=1, description="Rewards to train on")
     guard: GuardConfig | None = Field(default=GuardConfig(), description="Stops reward hacking; null: no guard")
+    lora: LoraConfig | None = Field(
+        default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
+    )
 
     @model_validator(mode="after")
     def _looks_at_log_rows(self) -> OnlineConfig:

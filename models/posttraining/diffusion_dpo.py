@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import DpoConfig
 from models.pretraining.flow_matching import noised, velocity_error
 from models.pretraining.timesteps import draw_times
@@ -44,7 +44,7 @@ class DiffusionDpo:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Same t and eps for winner and loser; the reference's errors."""
         _, _, h, w = batch.images.shape
-        tokens = h * w // self.denoiser.transformer.config.patch_size**2
+        tokens = h * w // self.denoiser.patch_size**2
         t = draw_times(rng, tokens, self.config.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         extra = dict(batch.extra, t=t, eps=eps)
@@ -74,4 +74,4 @@ class DiffusionDpo:
         pictures = torch.cat([batch.images, batch.extra["loser"]])
         t, eps = batch.extra["t"].repeat(2), batch.extra["eps"].repeat(2, 1, 1, 1)
         x_0, _ = net(noised(pictures, eps, t), t, batch.tokens.repeat(2, 1, 1), batch.mask.repeat(2, 1))
-        return velocity_error(x_0, pictures, t)
+        return velocity_error(x_0, pictures, t, net.t_clamp)

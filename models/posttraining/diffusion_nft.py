@@ -20,7 +20,7 @@ from torch import nn
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
 from models.engine.weights import put_weights
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser, velocity_of
 from models.posttraining.advantages import LARGEST, weighted_advantages
 from models.posttraining.config import NftConfig
 from models.posttraining.reward import Weighted, score
@@ -60,8 +60,8 @@ class DiffusionNft:
         shape = tuple(batch.images.shape[1:])
         noise = rng.normal("noise", shape)
         times = self.sampling.times(self.config.steps, noise)
-        x_0 = self.sampling.follow(self.old, noise, times, batch).clamp(-1, 1)
-        rewards = score(self.rewards, x_0, batch)
+        x_0 = self.sampling.codec.settled(self.sampling.follow(self.old, noise, times, batch))
+        rewards = score(self.rewards, self.sampling.pictures(x_0), batch)
         weights = [term.weight for term in self.rewards]
         advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots, self.config.unit)
         tokens = shape[1] * shape[2] // self.sampling.patch_size**2
@@ -86,7 +86,8 @@ class DiffusionNft:
         parts = {"towards": towards.detach().mean(), "away": away.detach().mean(), "idle_groups": extra["idle"]}
         parts |= {term.reward.card.name: r.mean() for term, r in zip(self.rewards, extra["rewards"], strict=True)}
         if self.reference is not None:
-            change = (velocity_of(x, x_t, t) - velocity_of(extra["anchor"], x_t, t)).square().mean()
+            clamp = self.policy.t_clamp
+            change = (velocity_of(x, x_t, t, clamp) - velocity_of(extra["anchor"], x_t, t, clamp)).square().mean()
             parts["drift"] = change.detach()
             total = total + self.config.kl * change
         return Loss(total, parts)

@@ -19,7 +19,7 @@ from torch import nn
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import weighted_advantages
 from models.posttraining.config import GrpoConfig
 from models.posttraining.reward import Weighted, score
@@ -78,7 +78,7 @@ class FlowGrpo:
             x = mean + std * rng.normal(f"step {i}", shape)
             results.append(x)
             log_probs.append(log_prob(x, mean, std))
-        rewards = score(self.rewards, x.clamp(-1, 1), batch)
+        rewards = score(self.rewards, self.sampling.pictures(x), batch)
         weights = [term.weight for term in self.rewards]
         advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots, self.config.unit)
         extra = {

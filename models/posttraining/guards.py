@@ -21,7 +21,7 @@ from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.engine.weights import put_weights, with_weights
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import GuardConfig
 from models.posttraining.reward import Reward
 from models.posttraining.rollout import Sampling
@@ -59,9 +59,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's pictures [N, 3, H, W], its rewards [N] and the distance of pictures within a prompt."""
+    """One model's x_0 [N, C, H, W], its rewards [N] and the distance of pictures within a prompt."""
 
-    pictures: torch.Tensor
+    x_0: torch.Tensor
     trained: torch.Tensor
     held_out: torch.Tensor
     distance: float
@@ -146,23 +146,24 @@ class Guard:
     @torch.no_grad()
     def _draw(self, net: Denoiser) -> Drawn:
         watched = self.watched
-        pictures, trained, held_out = [], [], []
+        latents, pictures, trained, held_out = [], [], [], []
         for start in range(0, len(watched.asked.slots), CHUNK):
             part = rows(watched.asked, slice(start, start + CHUNK))
             noise = Randomness(0, 0, part.slots).normal("guard", tuple(part.images.shape[1:]))
             times = watched.sampling.times(watched.steps, noise)
-            drawn = watched.sampling.follow(net, noise, times, part).clamp(-1, 1)
+            x_0 = watched.sampling.codec.settled(watched.sampling.follow(net, noise, times, part))
+            drawn = watched.sampling.pictures(x_0)
+            latents.append(x_0)
             pictures.append(drawn)
             trained.append(watched.trained(drawn, part))
             held_out.append(watched.held_out(drawn, part))
-        every = torch.cat(pictures)
-        within = watched.features(every).double().unflatten(0, (-1, watched.seeds))
+        within = watched.features(torch.cat(pictures)).double().unflatten(0, (-1, watched.seeds))
         distance = float(torch.cdist(within, within).sum((1, 2)).mean())
-        return Drawn(every, torch.cat(trained), torch.cat(held_out), distance)
+        return Drawn(torch.cat(latents), torch.cat(trained), torch.cat(held_out), distance)
 
     @torch.no_grad()
     def _drift(self, net: Denoiser) -> tuple[float, ...]:
-        asked, x_0 = self.watched.asked, self._first.pictures
+        asked, x_0 = self.watched.asked, self._first.x_0
         found = []
         for t in TIMES:
             changed, size = 0.0, 0.0
@@ -171,7 +172,7 @@ class Guard:
                 now = x_0.new_full((len(part.slots),), t)
                 eps = Randomness(0, 0, part.slots).normal(f"drift {t}", tuple(x_0.shape[1:]))
                 x_t = noised(x_0[start : start + CHUNK], eps, now)
-                own, base = (velocity_of(n(x_t, now, part.tokens, part.mask)[0], x_t, now) for n in (net, self.start))
+                own, base = (velocity_at(n, x_t, now, part) for n in (net, self.start))
                 changed, size = changed + float((own - base).square().sum()), size + float(base.square().sum())
             found.append(changed / size)
         return tuple(found)
@@ -180,6 +181,11 @@ class Guard:
         put_weights(trainer.players[self.player], self.best)
         for name, value in self.best.items():
             trainer.emas[self.player].average[name].copy_(value)
+
+
+def velocity_at(net: Denoiser, x_t: torch.Tensor, t: torch.Tensor, asked: Batch) -> torch.Tensor:
+    """The velocity without guidance [B, C, H, W]."""
+    return net.as_velocity(net.predict(x_t, t, asked.tokens, asked.mask)[0], x_t, t)
 
 
 def as_row(look: Look) -> list[float]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.posttraining.config import ReflConfig
 from models.posttraining.reward import Composite
 from models.posttraining.rollout import Sampling
@@ -60,12 +60,14 @@ class Refl:
         extra, config = batch.extra, self.config
         x_0 = self.sampling.x_0(self.denoiser, extra["x"], float(extra["time"]), batch)
         card = self.reward.card
-        reward = (self.reward(straight_through_clamp(x_0), batch) - card.mean) / card.sigma
+        reward = (
+            self.reward(straight_through_clamp(self.sampling.codec.pictures(x_0)), batch) - card.mean
+        ) / card.sigma
         hinge = F.relu(config.hinge - reward).mean()
         real = extra["real"]
         x_t = noised(real, extra["eps"], extra["t"])
         predicted, _ = self.denoiser(x_t, extra["t"], extra["real_tokens"], extra["real_mask"])
-        flow = velocity_error(predicted, real, extra["t"]).mean()
+        flow = velocity_error(predicted, real, extra["t"], self.denoiser.t_clamp).mean()
         parts = {
             "reward": reward.detach().mean(), "reached": (reward.detach() >= config.hinge).float().mean(),
             "flow": flow.detach(),

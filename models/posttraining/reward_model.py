@@ -105,7 +105,10 @@ class RewardModel:
 
     def __call__(self, pictures: torch.Tensor, asked: Batch) -> torch.Tensor:
         """Normalised scores [B]."""
-        raw = self.scorer(image_features(self.encoder, pictures), text_vector(asked.tokens, asked.mask))
+        text = asked.extra.get("reward_text")  # where the denoiser has another text encoder than the scorer
+        if text is None:
+            text = text_vector(asked.tokens, asked.mask)
+        raw = self.scorer(image_features(self.encoder, pictures), text)
         scores: torch.Tensor = (raw - self.mean) / self.sigma
         return scores.clamp(self.card.low, self.card.high)
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import assert_never
 
 import torch
-from torch import nn
 
-from models.networks.prx import T_CLAMP, Denoiser
+from models.networks.denoiser import T_CLAMP, Denoiser
+from models.networks.routing import Route
 from models.pretraining.config import ObjectiveConfig
 
 TINY = 1e-12
@@ -94,18 +94,22 @@ def as_x_0(output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, config: Obj
 
 
 def error(
-    output: torch.Tensor, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, config: ObjectiveConfig
-) -> torch.Tensor:
-    """Per-sample loss [B] in float32 or better: ||output - target||^2, for x_0 over max(t, 0.05)^2, times the weight."""
+    output: torch.Tensor, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, config: ObjectiveConfig,
+    clamp: float = T_CLAMP,
+) -> torch.Tensor:  # fmt: skip
+    """Per-sample loss [B] in float32 or better: ||output - target||^2, for x_0 over max(t, clamp)^2, times the weight.
+
+    `clamp` is the network's `t_clamp`.
+    """
     aim = target(x_0, eps, t, config)
     difference = output.to(aim.dtype) - aim
     if config.kind == "x_0":  # the velocity's error, with the very clamp the exported pipeline uses
-        difference = difference / column(t.clamp_min(T_CLAMP))
+        difference = difference / column(t.clamp_min(clamp))
     each = difference.square().mean((1, 2, 3))
-    return each if config.weight == "own" else each * weight(t, config)
+    return each if config.weight == "own" else each * weight(t, config, clamp)
 
 
-def weight(t: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+def weight(t: torch.Tensor, config: ObjectiveConfig, clamp: float = T_CLAMP) -> torch.Tensor:
     """Factor [B] on the objective's own loss."""
     match config.weight:
         case "own":
@@ -115,17 +119,17 @@ def weight(t: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
         case "cosmap":
             return 2 / (torch.pi * (1 - 2 * t + 2 * t.square()))
         case "min_snr":
-            return _min_snr(t, config)
+            return _min_snr(t, config, clamp)
         case _:
             assert_never(config.weight)
 
 
-def _min_snr(t: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+def _min_snr(t: torch.Tensor, config: ObjectiveConfig, clamp: float) -> torch.Tensor:
     """min(SNR, gamma) (arXiv:2303.09556) as a weight on the x_0 error, over the objective's own weight of it."""
     clean, noise = (1 - t).square(), t.square()
     match config.kind:
         case "x_0":
-            return torch.minimum(clean / noise.clamp_min(TINY), t.new_tensor(config.gamma)) * t.clamp_min(T_CLAMP) ** 2
+            return torch.minimum(clean / noise.clamp_min(TINY), t.new_tensor(config.gamma)) * t.clamp_min(clamp) ** 2
         case "velocity":
             return torch.minimum(clean, config.gamma * noise)
         case "ddpm_eps" | "score":  # min(1, gamma / SNR), which has no pole at SNR = 0
@@ -139,17 +143,19 @@ def _min_snr(t: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
             assert_never(config.kind)
 
 
-class Predictor(nn.Module):
-    """A denoiser of any kind, asked as the x_0-predictor that samplers and validation expect."""
+class Predictor(Denoiser):
+    """A network trained for any kind, asked as the x_0-predictor that samplers and validation expect."""
 
     def __init__(self, denoiser: Denoiser, config: ObjectiveConfig) -> None:
-        super().__init__()
-        self.denoiser, self.config, self.transformer = denoiser, config, denoiser.transformer
+        super().__init__(denoiser.transformer)
+        self.denoiser, self.config = denoiser, config
 
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor,
+        hidden_layer: int | None = None, condition: torch.Tensor | None = None, route: Route | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """The clean picture [B, C, H, W]."""
         scale = input_scale(t, self.config)
-        output, _ = self.denoiser(x_t if scale is None else x_t * column(scale), t, tokens, mask)
-        return as_x_0(output, x_t, t, self.config), None
+        given = x_t if scale is None else x_t * column(scale)
+        output, hidden = self.denoiser(given, t, tokens, mask, hidden_layer, condition, route)
+        return as_x_0(output, x_t, t, self.config), hidden

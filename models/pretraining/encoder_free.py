@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.networks.routing import Route
 from models.pretraining.config import RepaConfig
 from models.pretraining.repa import Projector
@@ -72,7 +72,7 @@ class SelfAlignment:
         self.config, self.projector, self.stop = config, projector, round(config.until * steps)
         self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.updates = 0
-        depth = len(denoiser.transformer.blocks)
+        depth = denoiser.depth
         self.target_layer = depth - 1 if config.target_layer is None else config.target_layer
 
     def active(self, step: int) -> bool:

@@ -1,8 +1,9 @@
 """Flow matching (Lipman et al. 2022, arXiv:2210.02747) on straight paths: x_t = (1-t) x_0 + t eps, v = eps - x_0.
 
 The network predicts x_0 (JiT, arXiv:2511.13720); the loss is on the velocity: the x_0 error divided by max(t, 0.05),
-the very clamp the exported pipeline uses. Other predictions and weights are in baselines.py. Continuous t, no 1000-entry
-table; density, shift and loss weight are separate options. Alignment terms are passed in (repa.py, encoder_free.py).
+the very clamp the exported pipeline uses. A network that predicts v is asked for its x_0 and has no clamp to speak of, so
+its loss is ||v_hat - v||^2. Other predictions and weights are in baselines.py. Continuous t, no 1000-entry table; density,
+shift and loss weight are separate options. Alignment terms are passed in (repa.py, encoder_free.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP, Denoiser
+from models.networks.denoiser import T_CLAMP, Denoiser
 from models.networks.routing import Route
 from models.pretraining import baselines
 from models.pretraining.config import ObjectiveConfig, TimestepConfig, TreadConfig
@@ -33,6 +34,11 @@ class FlowMatching:
         self, denoiser: Denoiser, timesteps: TimestepConfig, repa: Alignment | None = None,
         objective: ObjectiveConfig = ObjectiveConfig(), phases: Sequence[Phase] = (), bins: int = 0,
     ) -> None:  # fmt: skip
+        if objective.kind != "x_0" and denoiser.prediction != "x_0":
+            raise ValueError(
+                f"objective.kind={objective.kind} needs a network whose answer is taken as it is, but this family's means "
+                f"{denoiser.prediction}; use x_0, which trains what the family predicts, or PRX in pixels"
+            )
         self.denoiser, self.timesteps, self.repa, self.objective = denoiser, timesteps, repa, objective
         self.phases, self.bins = phases or (Phase(timesteps),), bins
         self.model = nn.ModuleDict({"denoiser": denoiser})
@@ -53,7 +59,7 @@ class FlowMatching:
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Draw t and eps, mix x_t, choose the tokens that skip blocks, ask the alignment for its targets."""
         _, _, height, width = batch.images.shape
-        tokens = (height * width) // self.denoiser.transformer.config.patch_size**2
+        tokens = (height * width) // self.denoiser.patch_size**2
         phase = phase_at(self.phases, rng.step)
         t = draw_times(rng, tokens, phase.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
@@ -72,7 +78,8 @@ class FlowMatching:
         scale = baselines.input_scale(t, self.objective)
         given = x_t if scale is None else x_t * baselines.column(scale)
         output, hidden = self.denoiser(given, t, batch.tokens, batch.mask, layer, route=route)
-        error = baselines.error(output, batch.images, batch.extra["eps"], t, self.objective)
+        eps, clamp = batch.extra["eps"], self.denoiser.t_clamp
+        error = baselines.error(output, batch.images, eps, t, self.objective, clamp)
         parts = {"flow": error.detach().mean()}
         total = error
         if align is not None and hidden is not None:
@@ -124,6 +131,8 @@ def noised(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tenso
     return (1 - t) * x_0 + t * eps
 
 
-def velocity_error(predicted: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Per-sample mean squared velocity error [B]: ||(x_0_hat - x_0) / max(t, 0.05)||^2."""
-    return ((predicted - x_0) / t.clamp_min(T_CLAMP).view(-1, 1, 1, 1)).square().mean((1, 2, 3))
+def velocity_error(
+    predicted: torch.Tensor, x_0: torch.Tensor, t: torch.Tensor, clamp: float = T_CLAMP
+) -> torch.Tensor:  # fmt: skip
+    """Per-sample mean squared velocity error [B]: ||(x_0_hat - x_0) / max(t, clamp)||^2, the network's `t_clamp`."""
+    return ((predicted - x_0) / t.clamp_min(clamp).view(-1, 1, 1, 1)).square().mean((1, 2, 3))

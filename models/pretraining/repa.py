@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 from models.networks.routing import Route
 from models.pretraining.config import RepaConfig
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from models.networks.prx import Denoiser, velocity_of
+from models.networks.denoiser import Denoiser
 
 
 @torch.no_grad()
@@ -19,12 +19,12 @@ def renoise(
     denoiser: Denoiser, noise: torch.Tensor, times: Sequence[float], tokens: torch.Tensor, mask: torch.Tensor,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:  # fmt: skip
-    """From noise [B, 3, H, W] through all `times` (the last one is 0) to the picture."""
+    """From noise [B, C, H, W] through all `times` (the last one is 0) to the picture."""
     x = noise
     for t, t_next in pairwise(times):
         now = x.new_full((len(x),), t)
-        x_0, _ = denoiser(x, now, tokens, mask)
-        x_0 = x - t * velocity_of(x_0, x, now)
+        prediction, _ = denoiser.predict(x, now, tokens, mask)
+        x_0 = x - t * denoiser.as_velocity(prediction, x, now)
         if t_next == 0.0:
             return x_0
         fresh = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])

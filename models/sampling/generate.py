@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 from models.engine.distribute import sum_over_workers, world
-from models.networks import prx, text_encoder
+from models.networks import families
 from models.networks.checkpoint import SamplingCard, check_steps, read_card, transformer_folder
-from models.networks.prx import Denoiser
-from models.pretraining.densities import shift_of
-from models.sampling.euler import grid, integrate
+from models.networks.codec import Pixels
+from models.networks.denoiser import Denoiser
+from models.networks.families import Surroundings
+from models.networks.text_features import PackagedText
+from models.sampling.euler import integrate
 from models.sampling.few_step import renoise
+from models.sampling.times import times_of
 
 REMEMBERED = 16_384  # prompts whose features are kept
 BATCH = 8  # on a CPU larger batches leave the cache and are a quarter slower
@@ -23,8 +26,12 @@ BATCH = 8  # on a CPU larger batches leave the cache and are a quarter slower
 class Generator:
     """A checkpoint ready to draw. A picture depends on its prompt and seed, not on its neighbours in the batch."""
 
-    def __init__(self, denoiser: Denoiser, card: SamplingCard, others: Mapping[int, Denoiser] | None = None) -> None:
+    def __init__(
+        self, denoiser: Denoiser, card: SamplingCard, others: Mapping[int, Denoiser] | None = None,
+        around: Surroundings | None = None,
+    ) -> None:  # fmt: skip
         self.denoiser, self.card = denoiser.eval(), card
+        self.around = around or Surroundings(PackagedText(card.prompt_max_tokens), Pixels())
         self.others = {steps: other.eval() for steps, other in (others or {}).items()}  # weights for other step counts
         self._features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -35,7 +42,7 @@ class Generator:
         new = [p for p in dict.fromkeys(prompts) if p not in self._features]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
-            tokens, mask = text_encoder.encode(part, self.card.prompt_max_tokens)
+            tokens, mask = self.around.encode(part)
             self._features |= {p: (tokens[i], mask[i]) for i, p in enumerate(part)}
         pairs = [self._features[p] for p in prompts]
         return torch.stack([t for t, _ in pairs]), torch.stack([m for _, m in pairs])
@@ -73,15 +80,17 @@ class Generator:
         """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded; `num_tokens` fixes the length of the text."""
         card = self.card
         width, height = width or card.side, height or card.side
-        patch = self.denoiser.transformer.config.patch_size
+        codec = self.around.codec
+        patch = self.denoiser.stride * codec.factor
         if width % patch or height % patch:
             raise ValueError(f"size {width}x{height} is not a multiple of the patch {patch}; choose e.g. {patch * 8}")
+        shape = (self.denoiser.channels, height // codec.factor, width // codec.factor)
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a picture")
         steps = card.steps if steps is None else steps
         strength = card.guidance if guidance is None else guidance
         check_steps(card, steps, strength)
-        times = grid(steps, shift_of(width * height // patch**2, card.shift_rule))
+        times = times_of(card.scheduler, card.shift_rule, steps, shape[1] * shape[2] // self.denoiser.patch_size**2)
         denoiser = self.others.get(steps, self.denoiser)
         null = self.features([""])
         pictures = []
@@ -90,13 +99,13 @@ class Generator:
             longest = max(int(mask.sum(1).max()), int(null[1].sum()))  # padding beyond it changes rounding at most
             used = longest if num_tokens is None else num_tokens
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            noise = torch.stack([torch.randn((3, height, width), generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             if card.sampler == "renoise":
                 x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
             else:
                 cut = (null[0][:, :used], null[1][:, :used])
                 x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength)
-            pictures.append(x.numpy())
+            pictures.append(codec.pictures(x).numpy())
         return np.concatenate(pictures)
 
 
@@ -120,5 +129,6 @@ def load_generator(checkpoint: Path) -> Generator:
     """The generator of a checkpoint folder."""
     card = read_card(checkpoint)
     folders = {n: transformer_folder(checkpoint, card, n) for n in card.trained_steps or ()}
-    others = {n: prx.load(folder) for n, folder in folders.items() if folder != checkpoint / "transformer"}
-    return Generator(prx.load(checkpoint / "transformer"), card, others)
+    others = {n: families.load(folder, card) for n, folder in folders.items() if folder != checkpoint / "transformer"}
+    around = families.surroundings(checkpoint, card)
+    return Generator(families.load(checkpoint / "transformer", card), card, others, around)

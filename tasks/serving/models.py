@@ -12,7 +12,7 @@ from typing import Any
 from infra.artifacts import Artifact
 from infra.errors import ConfigError
 from infra.storage import Store
-from models.networks import prx
+from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
 from models.personalization import lora_files, lora_import, mixing
 from models.personalization.lora import with_changes
@@ -24,12 +24,13 @@ Loras = tuple[tuple[str, float], ...]  # (name, weight), sorted by name
 
 @dataclass(frozen=True)
 class Served:
-    """One checkpoint: its artifact, its verified folder, and how it is sampled."""
+    """One checkpoint: its artifact, its verified folder, how it is sampled, and the digest its adapter goes on."""
 
     name: str
     artifact: Artifact
     folder: Path
     card: SamplingCard
+    base: str | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ class Models:
 
     def fitting(self, model: Served) -> dict[str, bool]:
         """Adapters that go with a model -> whether they were trained on it (False: on its teacher)."""
-        bases = {name: _base(lora) for name, lora in self.loras.items()}
+        bases = {name: lora.base for name, lora in self.loras.items() if lora.base is not None}
         return {name: base == model.artifact.digest for name, base in bases.items()
                 if base in (model.artifact.digest, model.card.teacher)}  # fmt: skip
 
@@ -77,20 +78,17 @@ class Models:
             return self._ready[key]
 
 
-def _base(lora: Served) -> str:
-    return str(lora.artifact.facts.get("inputs", {}).get("init", ""))
-
-
 def _load(model: Served, loras: Mapping[str, tuple[Served, float]]) -> Generator:
     if not loras:
         return load_generator(model.folder)
-    base = prx.load(model.folder / "transformer")
+    base = families.load(model.folder / "transformer", model.card)
     parts = {
-        name: Part(lora_import.read(lora.folder / "adapter", base.transformer, _base(lora)), weight)
+        name: Part(lora_import.read(lora.folder / "adapter", base.transformer, lora.base), weight)
         for name, (lora, weight) in loras.items()
     }
     mixed = mixing.mix(parts, lora_files.stock_weights(base.transformer))
-    return Generator(with_changes(base, mixed.changes), model.card)
+    around = families.surroundings(model.folder, model.card)
+    return Generator(with_changes(base, mixed.changes), model.card, around=around)
 
 
 def models_of(store: Store, run: str, mixes: int = 8) -> Models:
@@ -102,7 +100,7 @@ def models_of(store: Store, run: str, mixes: int = 8) -> Models:
     for name, artifact in found.items():
         if artifact is not None and artifact.kind == "checkpoint":
             folder = store.local(artifact)
-            served[name] = Served(name, artifact, folder, read_card(folder))
+            served[name] = Served(name, artifact, folder, read_card(folder), _base(artifact, folder / "adapter"))
     if not served:
         raise ConfigError(f"run {record['run']} has no checkpoint to serve yet; finish it: t2i run PRESET")
     loras = {
@@ -113,6 +111,13 @@ def models_of(store: Store, run: str, mixes: int = 8) -> Models:
         (aliases[name] for name in ("student-1", "student-4", "teacher") if name in aliases), next(iter(served))
     )
     return Models(str(record["run"]), served, loras, default, aliases, mixes)
+
+
+def _base(artifact: Artifact, adapter: Path) -> str | None:
+    """As the adapter says: one that goes on from another is for that one's base; else what it was trained from."""
+    if not adapter.is_dir():
+        return None
+    return lora_import.base_of(adapter) or artifact.facts.get("inputs", {}).get("init")
 
 
 def _aliases(served: Mapping[str, Served]) -> dict[str, str]:

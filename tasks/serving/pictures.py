@@ -15,7 +15,6 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from infra.errors import ConfigError
-from models.networks import text_encoder
 from models.networks.checkpoint import check_steps
 from tasks.lineage import stamp
 from tasks.serving.config import ServeConfig
@@ -71,7 +70,8 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
     check_steps(card, steps, guidance)
     loras = tuple(sorted((name, weight) for name, weight in asked.loras.items() if weight))
     generator = models.generator(model, loras)
-    patch = generator.denoiser.transformer.config.patch_size
+    denoiser, factor = generator.denoiser, generator.around.codec.factor
+    patch = denoiser.stride * factor
     if (
         width % patch
         or height % patch
@@ -82,14 +82,14 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
             f"size {width}x{height} cannot be drawn; sides are multiples of {patch} from {2 * patch} on, and the area is "
             f"at most {config.largest:g} times {card.side}x{card.side}"
         )
-    longest = generator.card.prompt_max_tokens
-    if (count := _count(asked.prompt)) > longest:
-        raise ConfigError(f"the prompt has {count} tokens, the model reads {longest}; shorten it")
+    if denoiser.longest_side is not None and max(width, height) > (most := denoiser.longest_side * factor):
+        raise ConfigError(
+            f"size {width}x{height} cannot be drawn; {model.name!r} has positions for {most} px along a side"
+        )
+    encode = generator.around.encode
+    if (count := encode.count(asked.prompt)) > encode.longest:
+        raise ConfigError(f"the prompt has {count} tokens, the model reads {encode.longest}; shorten it")
     return Look(model, loras, width, height, steps, guidance, text_length(generator, asked.prompt))
-
-
-def _count(prompt: str) -> int:
-    return len(text_encoder.modules()[1](text_encoder.clean(prompt))["input_ids"])
 
 
 async def _drawn(jobs: list[Job], request: Request) -> list[np.ndarray]:

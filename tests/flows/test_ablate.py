@@ -1,7 +1,15 @@
 import pytest
 
-from flows.ablate import changed, paired
-from models.pretraining.config import FlowMatchingConfig
+from flows.ablate import ablate, arm, changed, paired
+from flows.config import LifecycleConfig
+from flows.dag import latents
+from flows.nightly import begin
+from flows.run import LogDisplay
+from infra.errors import ConfigError
+from infra.storage import open_store
+from models.networks.config import LatentPrxConfig
+from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from tasks.config import ModelConfig
 
 
 def test_an_arm_changes_what_the_switch_names_and_no_more() -> None:
@@ -17,3 +25,20 @@ def test_paired_differences_have_the_t_interval() -> None:
     gap = paired([0.9, 0.8, 0.85], [0.8, 0.75, 0.75])
     assert gap["difference"] == pytest.approx(0.08333, abs=1e-5)
     assert gap["high"] - gap["difference"] == pytest.approx(4.303 * 0.028868 / 3**0.5, abs=1e-4)
+
+
+def test_arms_in_latents_are_built_around_the_vae_and_read_its_training_set() -> None:
+    latent = FlowMatchingConfig(network=LatentPrxConfig(), repa=None)
+    config = LifecycleConfig(autoencoder=AutoencoderConfig(), pretrain=(latent,))
+    assert [spec.name for spec in latents(config)] == ["autoencoder", "features"]
+    (spec,) = arm(config, "with", {}, 0, 1.0)
+    assert spec.inputs == {"data": "features", "frozen": "autoencoder"}
+    assert arm(LifecycleConfig(), "with", {}, 0, 1.0)[0].inputs == {"data": "encode"}
+
+
+def test_a_foreign_model_has_no_judge_for_arms_and_nights(tmp_path) -> None:
+    config = LifecycleConfig(model=ModelConfig(source=str(tmp_path)))
+    with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):
+        ablate(config, "repa", 2, 1.0, tmp_path, LogDisplay())
+    with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):
+        begin(open_store(tmp_path / "root"), config)

@@ -10,7 +10,7 @@ from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks import prx
 from models.networks.config import PrxConfig
-from models.networks.prx import Denoiser
+from models.networks.denoiser import Denoiser
 
 TINY = PrxConfig(hidden_size=32, depth=3, num_heads=2, patch_size=4, text_dim=16, mlp_ratio=2.0, prompt_max_tokens=16)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import torch
 
 from models.networks import prx
-from models.networks.config import PrxConfig
+from models.networks.checkpoint import SamplingCard, write_checkpoint
+from models.networks.config import LoraConfig, PrxConfig
 from models.personalization import lora_files, lora_import
-from models.personalization.config import LoraConfig
 from models.personalization.lora import add_lora, merge, save_adapter
 from tasks.export import export_adapter
 
@@ -18,7 +18,7 @@ def test_an_adapter_is_exported_in_all_forms(tmp_path: Path) -> None:
     add_lora(denoiser, LoraConfig(rank=2), seed=0)
     about = {"base": "abc", "trigger": "zwx"}
     save_adapter(denoiser, tmp_path / "checkpoint" / "adapter", about)
-    prx.save(merge(denoiser), tmp_path / "checkpoint" / "transformer")
+    write_checkpoint(tmp_path / "checkpoint", merge(denoiser), SamplingCard())
     export_adapter(tmp_path / "checkpoint", tmp_path / "out", "dreambooth-robot")
     shutil.rmtree(tmp_path / "checkpoint")
     names = ("", lora_files.DIFFUSERS_FILE, "dreambooth-robot-kohya.safetensors")

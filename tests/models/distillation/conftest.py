@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from models.engine.objective import Batch
-from models.networks.prx import T_CLAMP
+from models.networks.denoiser import T_CLAMP, Denoiser
 
 MEANS, STD, WEIGHTS = (-2.0, 0.5, 2.0), 0.3, (0.3, 0.5, 0.2)
 
 
-class Gaussian(nn.Module):
+class Gaussian(Denoiser):
     """Data N(mean, std^2) in every element; the exact denoiser. `told` swallows a student's extra scalar."""
 
     def __init__(self, mean: float = 0.7, std: float = 0.3) -> None:
@@ -44,8 +44,10 @@ class Gaussian(nn.Module):
         t = t.view(-1, 1, 1, 1).to(x_t.dtype)
         return x_t - t.clamp_min(T_CLAMP) * self.velocity(x_t, t), None
 
+    predict = forward
 
-class Mixture(nn.Module):
+
+class Mixture(Denoiser):
     """Data from three normals on a line (world A); the exact flow is the monotone quantile map."""
 
     def velocity(self, x_t, t):
@@ -60,6 +62,8 @@ class Mixture(nn.Module):
     def forward(self, x_t, t, tokens=None, mask=None, *told):
         t = t.view(-1, 1, 1, 1).to(x_t.dtype)
         return x_t - t.clamp_min(T_CLAMP) * self.velocity(x_t, t), None
+
+    predict = forward
 
     def cdf(self, x, t):
         """Distribution function at time t."""
@@ -94,7 +98,7 @@ class Mixture(nn.Module):
         return (torch.tensor(MEANS)[kind] + STD * torch.randn(count, generator=generator)).view(-1, 1, 1, 1)
 
 
-class Mlp(nn.Module):
+class Mlp(Denoiser):
     """A student on the line; the last layer is small, extra scalars are inputs."""
 
     def __init__(self, width: int = 64, inputs: int = 2) -> None:
@@ -108,6 +112,8 @@ class Mlp(nn.Module):
     def forward(self, x_t, t, tokens=None, mask=None, *told):
         columns = [x_t.flatten(), t, *told]
         return self.net(torch.stack(columns, 1)).view(-1, 1, 1, 1), None
+
+    predict = forward
 
 
 @pytest.fixture

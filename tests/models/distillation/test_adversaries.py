@@ -11,16 +11,16 @@ from models.distillation.add import AdversarialDistillation
 from models.distillation.config import AddConfig, DmdConfig
 from models.distillation.dmd import DistributionMatching
 from models.engine.randomness import Randomness
+from models.networks.denoiser import T_CLAMP, Denoiser
 from models.networks.discriminator import Critic, CriticHead, hinge, positions, r1_penalty, text_vector
 from models.networks.image_encoder import CHANNELS, ImageEncoder
-from models.networks.prx import T_CLAMP
 
 NULL = (torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
 SLOTS = (0, 1, 2, 3)
 MEAN, STD = 0.7, 0.3
 
 
-class Generator(nn.Module):
+class Generator(Denoiser):
     """m + s z from pure noise z: a one-step student whose distribution is known at every moment."""
 
     def __init__(self) -> None:
@@ -32,8 +32,10 @@ class Generator(nn.Module):
         self.last = x.detach()
         return x, None
 
+    predict = forward
 
-class FakeScore(nn.Module):
+
+class FakeScore(Denoiser):
     """The exact score of the generator's present pictures; `zero`: the picture itself, so that nothing pushes back."""
 
     def __init__(self, generator, gaussian, zero=False) -> None:
@@ -47,6 +49,8 @@ class FakeScore(nn.Module):
             return generator.last, None
         world = gaussian(generator.m.item(), generator.log_s.exp().item())
         return x_t - t.clamp_min(T_CLAMP) * world.velocity(x_t, t), None
+
+    predict = forward
 
 
 def distilled(gaussian, line, zero=False, sign=1.0, steps=500):

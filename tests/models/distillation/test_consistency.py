@@ -9,8 +9,8 @@ from models.distillation.config import ConsistencyConfig
 from models.distillation.consistency import ConsistencyDistillation, consistency_function
 from models.distillation.scm import ContinuousConsistency, ScmConfig, tangent, to_flow, to_trig, trig_velocity
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP
-from models.personalization.config import LoraConfig
+from models.networks.config import LoraConfig
+from models.networks.denoiser import T_CLAMP, Denoiser
 from models.personalization.lora import add_lora, merge
 from models.sampling.euler import euler_step
 
@@ -26,7 +26,7 @@ def test_f_at_zero_is_its_input_to_the_bit() -> None:
     torch.testing.assert_close(consistency_function(answer, x, torch.full((5,), 0.7)), answer)
 
 
-class Oracle(torch.nn.Module):
+class Oracle(Denoiser):
     """The exact consistency function of a normal, as a student."""
 
     def __init__(self, world) -> None:
@@ -38,6 +38,8 @@ class Oracle(torch.nn.Module):
         t = t.view(-1, 1, 1, 1).to(x_t.dtype)
         velocity = (x_t - self.world.end(x_t, t)) / t.clamp_min(1e-9)
         return x_t - t.clamp_min(T_CLAMP) * velocity, None
+
+    predict = forward
 
 
 def loss_of_oracle(gaussian, line, steps, skip=1, flip=False):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.distillation.grid import Schedule, sub_grids
-from models.networks.prx import velocity_of
+from models.networks.denoiser import velocity_of
 from models.pretraining.config import TimestepConfig
 from models.sampling.euler import grid, integrate
 

@@ -6,13 +6,13 @@ from models.distillation.conditioning import ConditionedDenoiser, ScalarEmbeddin
 from models.distillation.config import MeanFlowConfig
 from models.distillation.meanflow import MeanFlow
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP
+from models.networks.denoiser import T_CLAMP, Denoiser
 
 NULL = (torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
 SLOTS = (0, 1, 2, 3)
 
 
-class Average(nn.Module):
+class Average(Denoiser):
     """The exact average velocity of a normal's flow, u = (x_t - x_r) / (t - r); `off` spoils it."""
 
     def __init__(self, world, off=0.0) -> None:
@@ -23,6 +23,8 @@ class Average(nn.Module):
         t, gap = (v.view(-1, 1, 1, 1).to(x_t.dtype) for v in (t, gap))
         u = (x_t - self.world.at(x_t, t, t - gap)) / gap + self.off * x_t * t
         return x_t - t.clamp_min(T_CLAMP) * u, None
+
+    predict = forward
 
 
 def test_the_exact_average_velocity_is_the_fixed_point(gaussian, line) -> None:

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from torch import nn
 
 from models.distillation.config import DistillConfig, ProgressiveConfig
 from models.distillation.grid import Schedule
 from models.distillation.progressive import ProgressiveDistillation
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP
+from models.networks.denoiser import T_CLAMP, Denoiser
 from models.pretraining.config import TimestepConfig
 from models.sampling.euler import grid, integrate
 
@@ -40,7 +39,7 @@ def test_the_target_is_the_teachers_two_steps(mixture, mlp, line, n, schedule) -
     assert n > 8 or len(seen) == n
 
 
-class Affine(nn.Module):
+class Affine(Denoiser):
     """v(x, t) = a_t x + b_t at a few times: the class that holds every student of a linear field exactly."""
 
     def __init__(self) -> None:
@@ -52,6 +51,8 @@ class Affine(nn.Module):
         a, b = (torch.tensor(c, dtype=x_t.dtype).view(-1, 1, 1, 1) for c in zip(*rows, strict=True))
         clamp = t.clamp_min(T_CLAMP).view(-1, 1, 1, 1).to(x_t.dtype)
         return x_t - clamp * (a * x_t + b), None
+
+    predict = forward
 
 
 def test_a_chain_of_exact_halvings_is_the_teachers_whole_path(gaussian, line) -> None:

@@ -13,8 +13,8 @@ from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import Trainer, train
 from models.engine.objective import Batch, Objective
 from models.engine.state import load_state
-from models.networks.prx import Denoiser
-from models.personalization.config import LoraConfig
+from models.networks.config import LoraConfig
+from models.networks.denoiser import Denoiser
 from models.personalization.dreambooth import DreamBooth
 from models.personalization.lora import add_lora
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, ReflConfig

@@ -69,7 +69,7 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
     if steps == 4:  # other weights for this number of steps
         with torch.no_grad():
             denoiser.transformer.time_in.out_layer.bias.add_(0.3)
-        prx.save(denoiser, tmp_path / "checkpoint" / "transformer-4")
+        denoiser.save(tmp_path / "checkpoint" / "transformer-4")
     export_pipeline(tmp_path / "checkpoint", tmp_path / "export", steps)
     ours = load_generator(tmp_path / "checkpoint").sample(PROMPTS, [0, 1], steps=steps)
     if distilled:

@@ -9,8 +9,9 @@ from models.distillation.config import ConsistencyConfig
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
 from models.engine.randomness import Randomness
+from models.networks.config import LoraConfig
 from models.personalization import lora_files
-from models.personalization.config import DreamBoothConfig, LoraConfig
+from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
 from models.personalization.lora import add_lora, load_adapter, merge, save_adapter
 from models.pretraining.config import TimestepConfig

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from models.networks.config import LoraConfig
 from models.personalization import lora_files, lora_import
-from models.personalization.config import LoraConfig
 from models.personalization.lora import add_lora
 
 LAYER = "transformer_blocks.0.attn.to_q"

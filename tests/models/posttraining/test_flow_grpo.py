@@ -11,6 +11,7 @@ from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
 from models.posttraining.flow_grpo import FlowGrpo, surrogate
@@ -80,7 +81,7 @@ def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brig
     assert (gained * batch.extra["advantage"]).sum() > 0
 
 
-class Linear(torch.nn.Module):
+class Linear(Denoiser):
     """x_0 = theta + x_t / 2: with two steps the picture is theta + x_s / 2."""
 
     def __init__(self) -> None:
@@ -89,6 +90,8 @@ class Linear(torch.nn.Module):
 
     def forward(self, x_t, t, tokens, mask):
         return self.theta + x_t / 2, None
+
+    predict = forward
 
 
 class Tilt:

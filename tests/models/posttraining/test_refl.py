@@ -3,7 +3,7 @@ import torch
 
 from models.engine.config import TrainConfig
 from models.engine.randomness import Randomness
-from models.networks.prx import velocity_of
+from models.networks.denoiser import velocity_of
 from models.posttraining.config import ReflConfig
 from models.posttraining.refl import Refl, straight_through_clamp
 from models.posttraining.reward import Composite, Weighted

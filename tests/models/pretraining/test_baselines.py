@@ -7,9 +7,11 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from models.pretraining.baselines import as_x_0, error, input_scale, target, vp_scale, weight
+from models.networks.prx import PrxDenoiser
+from models.pretraining.baselines import Predictor, as_x_0, error, input_scale, target, vp_scale, weight
 from models.pretraining.config import ObjectiveConfig
 from models.pretraining.flow_matching import noised, velocity_error
+from models.sampling.euler import grid, integrate
 
 KINDS = ("x_0", "velocity", "ddpm_eps", "ddpm_v", "edm", "score")
 CLOSE = {"atol": 1e-12, "rtol": 1e-10}
@@ -105,3 +107,11 @@ def test_gradient_is_twice_the_weighted_difference(kind, samples) -> None:
     own = t.clamp_min(0.05) ** -2.0 if kind == "x_0" else torch.ones_like(t)
     factor = (own * 2 / (math.pi * (1 - 2 * t + 2 * t**2))).view(-1, 1, 1, 1)
     torch.testing.assert_close(output.grad, 2 * factor * (guess - target(x_0, eps, t, config)) / x_0.numel(), **CLOSE)
+
+
+def test_a_velocity_network_is_sampled_alike_as_a_predictor_and_as_a_family(tiny, batches) -> None:
+    raw, batch = tiny(0), batches(0)
+    family = PrxDenoiser(raw.transformer, "velocity", raw.text_mean, raw.text_std)
+    asked = batch.images, grid(4), batch.tokens, batch.mask, (batch.tokens[:1] * 0, batch.mask[:1]), 2.0
+    mine = integrate(Predictor(raw, ObjectiveConfig(kind="velocity")), *asked)
+    torch.testing.assert_close(mine, integrate(family, *asked), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks.prx import T_CLAMP, velocity_of
+from models.networks.denoiser import T_CLAMP, velocity_of
 from models.pretraining.config import FlowMatchingConfig, RepaConfig, TimestepConfig
 from models.pretraining.flow_matching import FlowMatching, noised, velocity_error
 from models.pretraining.repa import Projector, Repa

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ from infra.artifacts import Artifact
 from infra.storage import Store, open_store
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, write_checkpoint
-from models.networks.config import PrxConfig
-from models.networks.prx import Denoiser
+from models.networks.config import LoraConfig, PrxConfig
+from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
-from models.personalization.config import LoraConfig
 from models.personalization.lora import add_lora, merge, save_forms
 from tasks.serving.app import create_app
 from tasks.serving.config import ServeConfig
@@ -59,6 +59,13 @@ def write_lora(out: Path, base: Artifact, trigger: str, seed: int) -> None:
     adapter = lora_files.from_module(adapted.transformer, {"base": base.digest, "trigger": trigger})
     save_forms(adapter, out / "adapter", "lora")
     write_checkpoint(out, merge(adapted), CARD.model_copy(update={"trigger": trigger}))
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> tuple[Store, Callable[..., Artifact]]:
+    """A store, and commit(stage, init, write) into it."""
+    store = open_store(tmp_path / "root")
+    return store, partial(commit, store, tmp_path)
 
 
 @pytest.fixture

@@ -1,0 +1,147 @@
+"""Prompts to text features, family by family, as each stock pipeline does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from models.networks import text_encoder
+from models.networks.sd3 import packed
+
+Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool
+
+
+class Encode(Protocol):
+    """A family's text encoders."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt beyond which it is cut."""
+
+    def __call__(self, prompts: Sequence[str]) -> Features:
+        """Features and mask of prompts."""
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut, the tokenizer's own marks included."""
+
+
+class PackagedText:
+    """The packaged MiniLM under PRXPixelPipeline's light cleaning."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.longest = max_tokens
+
+    def __call__(self, prompts: Sequence[str]) -> Features:
+        """Features and mask of prompts."""
+        return text_encoder.encode(prompts, self.longest)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return text_encoder.count_tokens(prompt)
+
+
+class PrxText:
+    """The text encoder of a PRX folder, or the packaged one, under PRXPipeline's full cleaning."""
+
+    def __init__(self, folder: Path, max_tokens: int, clean: bool) -> None:
+        from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+        cleaner = TextPreprocessor()
+        self.clean = cleaner.clean_text if clean else cleaner.basic_clean
+        self.longest = max_tokens
+        self.model, self.tokenizer = prx_text_modules(folder)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Features:
+        """Features and mask of prompts, padded as the pipeline pads; no masked token changes another."""
+        batch = self.tokenizer(
+            [self.clean(prompt) for prompt in prompts], padding=True, max_length=self.longest, truncation=True,
+            return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        missing = self.longest - ids.shape[1]
+        return F.pad(states.float(), (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return len(self.tokenizer(self.clean(prompt))["input_ids"])
+
+
+def prx_text_modules(folder: Path) -> tuple[Any, Any]:
+    """Encoder and tokenizer in a folder, else the packaged ones."""
+    if not (folder / "text_encoder").is_dir():
+        return text_encoder.load()
+    import transformers
+    from transformers import AutoTokenizer
+
+    from models.networks.diffusers_folder import class_of, refuse_pickles
+
+    refuse_pickles(folder / "text_encoder")
+    cls = getattr(transformers, class_of(folder / "text_encoder"))
+    model = cls.from_pretrained(folder / "text_encoder", local_files_only=True, use_safetensors=True)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True
+    )
+
+
+class Sd3Text:
+    """Two CLIPs and a T5 (or none: zeros), packed; every token counts, as in StableDiffusion3Pipeline."""
+
+    def __init__(self, folder: Path, max_tokens: int, text_dim: int) -> None:
+        self.max_tokens, self.text_dim = max_tokens, text_dim
+        self.pipeline = sd3_pipeline(folder, transformer=None, vae=None, scheduler=None)
+        t5 = self.pipeline.text_encoder_3 is not None  # reads a prompt whole that the CLIPs cut
+        self.tokenizer: Any = self.pipeline.tokenizer_3 if t5 else self.pipeline.tokenizer
+        self.longest = max_tokens if t5 else int(self.pipeline.tokenizer_max_length)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Features:
+        """Packed features of prompts and a mask that is all True."""
+        pipe, asked = self.pipeline, list(prompts)
+        parts = [pipe._get_clip_prompt_embeds(asked, clip_model_index=i) for i in (0, 1)]
+        clip = torch.cat([tokens for tokens, _ in parts], -1)
+        clip = F.pad(clip, (0, self.text_dim - clip.shape[-1]))
+        if pipe.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(asked), self.max_tokens, self.text_dim)
+        else:
+            t5 = pipe._get_t5_prompt_embeds(asked, max_sequence_length=self.max_tokens)
+        tokens = packed(torch.cat([clip, t5], 1), torch.cat([pooled for _, pooled in parts], -1)).float()
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut."""
+        return len(self.tokenizer(prompt)["input_ids"])
+
+
+def sd3_pipeline(folder: Path, transformer: Any, vae: Any, scheduler: Any) -> Any:
+    """The stock pipeline around the text encoders and tokenizers of a folder, safetensors only."""
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    from transformers.utils import logging
+
+    from models.networks.diffusers_folder import refuse_pickles
+
+    logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # cut prompts and a missing T5 are not worth a line a batch
+    classes = {
+        "text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel, "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer,
+        "tokenizer_3": T5TokenizerFast,
+    }  # fmt: skip
+    parts: dict[str, Any] = dict.fromkeys(classes)
+    for name, cls in classes.items():
+        if not (folder / name).is_dir():
+            continue
+        if name.startswith("tokenizer"):
+            parts[name] = cls.from_pretrained(folder / name, local_files_only=True)
+            continue
+        refuse_pickles(folder / name)
+        model = cls.from_pretrained(folder / name, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        parts[name] = model.eval().requires_grad_(False)
+    return StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
