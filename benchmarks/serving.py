@@ -29,6 +29,7 @@ from data_curation import scenes
 from infra.storage import open_store
 from tasks.serving.config import ServeConfig
 from tasks.serving.engine import Job, Look, draw, text_length
+from tasks.serving.lanes import Lanes
 from tasks.serving.models import models_of
 
 BAR, PORT, ROUNDS, CLIENTS, GROWTH, MINUTES = 0.150, 8917, 200, 8, 1.10, 30
@@ -109,12 +110,12 @@ def network_alone(root: str, texts: list[str]) -> float:
     """Median seconds of one call of the network, batch of the server, text features ready."""
     models = models_of(open_store(root, create=False), "latest")
     model, config = models.find("student-1"), ServeConfig()
-    generator, seconds = models.generator(model, ()), []
+    generator, lanes, seconds = models.generator(model, ()), Lanes(config.batch), []
     for seed, text in enumerate(texts):
         card = model.card
         look = Look(model, (), card.side, card.side, 1, 1.0, text_length(generator, text))
         began = time.perf_counter()
-        draw([Job(look, models, text, seed)], config.batch)
+        draw([Job(look, models, text, seed)], lanes)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[5:])
 

@@ -20,7 +20,7 @@ from flows.run import Record, Run
 from flows.shown import PrefectDisplay, show
 from infra.artifacts import Artifact
 from infra.errors import ConfigError, GateFailed
-from infra.pointers import Move, move, moves
+from infra.pointers import Move, champion_of, move, moves
 from infra.records import lifecycles
 from infra.stages import StageSpec
 from infra.storage import Store, open_store
@@ -112,7 +112,7 @@ class Night:
         """Point at the candidate, unless another run has moved the champion since this one began."""
         beside: Beside = self.champion.beside | {"sets": (*self.sets, made(store, record, training_set(self.config)))}
         why = f"passed its gate against generation {self.champion.generation}"
-        move(store, champion_of(self.config), self.champion.generation, made(store, record, CANDIDATE), self.run_id, why,
+        move(store, champion_of(self.config.name), self.champion.generation, made(store, record, CANDIDATE), self.run_id, why,
              beside)  # fmt: skip
 
     def remember(self, store: Store, record: Record) -> None:
@@ -137,11 +137,6 @@ def nightly_gate(config: LifecycleConfig, max_loss: float) -> EvaluateConfig:
     return config.evaluate.model_copy(update={"sets": sets, "subjects": (), "gates": (gate,)})
 
 
-def champion_of(config: LifecycleConfig) -> str:
-    """Name of the pointer at the model in use."""
-    return f"{config.name}-champion"
-
-
 def seen_of(config: LifecycleConfig) -> str:
     """Name of the pointer at the manifest of everything seen."""
     return f"{config.name}-seen"
@@ -153,7 +148,7 @@ def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
         raise ConfigError(
             "a night is judged by the demo's scenes, which a foreign model does not know; set model to null"
         )
-    champion, seen = moves(store, champion_of(config)), moves(store, seen_of(config))
+    champion, seen = moves(store, champion_of(config.name)), moves(store, seen_of(config))
     if champion and seen:
         return champion[-1], seen[-1]
     finished = lifecycles(store.list_runs(), config.name)
@@ -165,7 +160,7 @@ def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
     beside: Beside = {"judge": (made(store, run, "judge"),), "truth": (made(store, run, "source"),),
               "sets": (made(store, run, training_set(start)),)}  # fmt: skip
     why, model = "the first one", made(store, run, start.chain[-1])
-    first = champion[-1] if champion else move(store, champion_of(config), 0, model, run["run"], why, beside)
+    first = champion[-1] if champion else move(store, champion_of(config.name), 0, model, run["run"], why, beside)
     mark = seen[-1] if seen else move(store, seen_of(config), 0, made(store, run, "buckets"), run["run"], why)
     return first, mark
 

@@ -25,6 +25,11 @@ class Move(Config):
     at: str = Field(description="When, UTC")
 
 
+def champion_of(lifecycle: str) -> str:
+    """Name of the pointer to the model of a lifecycle that is in use."""
+    return f"{lifecycle}-champion"
+
+
 def moves(store: Store, name: str) -> tuple[Move, ...]:
     """Every move of a pointer, oldest first; the last one is where it points. Empty when there is no such pointer."""
     return _read(store, name)[1]

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infra.errors import ConfigError
 from tasks.serving.config import ServeConfig
 from tasks.serving.engine import Engine
-from tasks.serving.models import Models, Served, describe
+from tasks.serving.models import CHAMPION, Models, Served, describe
 from tasks.serving.pictures import pictures
 from tasks.serving.schema import ImagesRequest, problem
 
@@ -94,7 +94,8 @@ class Api:
         """Every model, as OpenAI lists them."""
         models = self.engine.models
         data = [describe(models, model) for model in models.served.values()]
-        return {"object": "list", "data": data, "default": models.default, "run": models.run}
+        return {"object": "list", "data": data, "default": models.default, "run": models.run,
+                "enhances": models.enhancer is not None}  # fmt: skip
 
     async def one(self, name: str) -> dict[str, Any]:
         """One model."""
@@ -195,20 +196,23 @@ def _page() -> jinja2.Template:
 
 
 async def _follow(engine: Engine, follow: Callable[[], Models | None], seconds: float) -> None:
-    """Swap to the run's new models when there are any; a failed look changes nothing."""
+    """Swap to the run's new models when there are any; a failed look changes nothing and is said once."""
+    said = ""
     while True:
         await asyncio.sleep(seconds)
         try:
             models = await run_in_threadpool(follow)
+            if models is not None:
+                await run_in_threadpool(_warm, models)
+                engine.swap(models)
+                log.info("now serving run %s, champion %s", models.run, (models.champion or "none")[:12])
         except Exception as error:
-            log.warning("the run could not be looked at again: %s; serving what is loaded", error)
-            continue
-        if models is not None:
-            await run_in_threadpool(_warm, models)
-            engine.swap(models)
-            log.info("now serving run %s", models.run)
+            if str(error) != said:
+                log.warning("new models are not served: %s; those loaded stay", error)
+            said = str(error)
 
 
 def _warm(models: Models) -> None:
-    """Load the default model before it is asked for."""
-    models.generator(models.find(None), ())
+    """Load the default model and the champion before they are asked for."""
+    for name in (None, CHAMPION) if models.champion else (None,):
+        models.generator(models.find(name), ())

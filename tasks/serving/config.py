@@ -10,7 +10,7 @@ from infra.config import Config
 class ServeConfig(Config):
     """How much a server takes on at once."""
 
-    batch: int = Field(default=4, ge=1, le=256, description="Pictures drawn by one call; every call has this many")
+    batch: int = Field(default=8, ge=1, le=256, description="Most pictures drawn by one call")
     queue: int = Field(default=64, ge=1, le=100_000, description="Pictures waiting before requests are refused (429)")
     pictures: int = Field(default=8, ge=1, le=64, description="Most pictures of one request")
     largest: float = Field(default=4.0, ge=1, le=64, description="Greatest area, times the model's own")

@@ -1,7 +1,7 @@
 """One thread draws; requests wait in a queue and are drawn in batches of equal shape.
 
-A picture has the same bits whatever it is drawn with: every call has the same number of pictures (free places repeat the
-last one) and the same length of text, so a matrix product never changes its order of sums. A request whose client has
+A picture has the same bits whatever it is drawn with: calls have sizes that lanes.py has proven (free places repeat the
+last picture) and a length of text that follows from the picture's own prompt. A request whose client has
 gone is taken out of the queue; a swap of models lets what is queued finish on the old ones.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from infra.errors import LifecycleError
 from models.sampling.generate import Generator, to_uint8
 from tasks.serving.config import ServeConfig
+from tasks.serving.lanes import Lanes
 from tasks.serving.models import Loras, Models, Served
 
 TOKENS = 16  # lengths of text are rounded up to a multiple of this
@@ -66,7 +67,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._wake = threading.Condition()
         self._ending = False
-        self._running = 0
+        self._lanes = Lanes(config.batch)
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
         self._thread.start()
 
@@ -139,7 +140,7 @@ class Engine:
                 continue
             began = time.monotonic()
             try:
-                pictures = draw(jobs, self.config.batch)
+                pictures = draw(jobs, self._lanes)
             except Exception as error:  # one bad request must not end the server
                 for job in jobs:
                     job.done.set_exception(error)
@@ -150,18 +151,19 @@ class Engine:
                 job.done.set_result(picture)
 
 
-def draw(jobs: Sequence[Job], batch: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] of jobs with one look, always `batch` pictures at a time."""
+def draw(jobs: Sequence[Job], lanes: Lanes) -> np.ndarray:
+    """uint8 [N, H, W, 3] of jobs with one look."""
     import torch
 
     first = jobs[0]
     look, generator = first.look, first.models.generator(first.look.model, first.look.loras)
-    filled = [*jobs, *[jobs[-1]] * (batch - len(jobs))]
+    lane = lanes.fitting(generator, look, len(jobs))
+    filled = [*jobs, *[jobs[-1]] * (-len(jobs) % lane)]
     for prompt in {job.prompt for job in jobs}:
         generator.features([prompt])  # alone, because a batch's padding may change the last bit
     drawn = generator.draw(
         [job.prompt for job in filled], [job.seed for job in filled], look.width, look.height, look.steps,
-        look.guidance, batch, look.num_tokens,
+        look.guidance, lane, look.num_tokens,
     )  # fmt: skip
     return to_uint8(torch.from_numpy(drawn[: len(jobs)]))
 

@@ -11,15 +11,19 @@ from typing import Any
 
 from infra.artifacts import Artifact
 from infra.errors import ConfigError
+from infra.pointers import champion_of, moves
 from infra.storage import Store
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
 from models.personalization import lora_files, lora_import, mixing
 from models.personalization.lora import with_changes
 from models.personalization.mixing import Part
+from models.posttraining.enhancer_files import load_enhancer
+from models.posttraining.prompt_enhancement import Enhanced, Enhancer
 from models.sampling.generate import Generator, load_generator
 
 Loras = tuple[tuple[str, float], ...]  # (name, weight), sorted by name
+CHAMPION = "champion"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class Models:
     loras: Mapping[str, Served]  # checkpoints that carry an adapter
     default: str
     aliases: Mapping[str, str] = field(default_factory=dict)
+    enhancer: Path | None = None  # folder of the run's prompt enhancer
+    champion: str | None = None  # digest
     mixes: int = 8
+    _enhancers: dict[tuple[str, ...], Enhancer] = field(default_factory=dict)  # by trigger words
     _ready: OrderedDict[tuple[str, Loras], Generator] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,6 +71,17 @@ class Models:
         bases = {name: lora.base for name, lora in self.loras.items() if lora.base is not None}
         return {name: base == model.artifact.digest for name, base in bases.items()
                 if base in (model.artifact.digest, model.card.teacher)}  # fmt: skip
+
+    def enhanced(self, prompt: str, model: Served, loras: Loras) -> Enhanced:
+        """The prompt as the run's enhancer rewrites it for this model; words that call a LoRA or a subject stay."""
+        if self.enhancer is None:
+            return Enhanced(prompt, prompt, "the run has no prompt enhancer")
+        cards = (model.card, *(self.loras[name].card for name, _ in loras))
+        triggers = tuple(sorted({card.trigger for card in cards if card.trigger}))
+        with self._lock:
+            if triggers not in self._enhancers:
+                self._enhancers[triggers] = load_enhancer(self.enhancer, triggers)
+            return self._enhancers[triggers].enhance(prompt)
 
     def generator(self, model: Served, loras: Loras) -> Generator:
         """The model ready to draw, with the LoRAs' changes added to its weights."""
@@ -91,26 +109,49 @@ def _load(model: Served, loras: Mapping[str, tuple[Served, float]]) -> Generator
     return Generator(with_changes(base, mixed.changes), model.card, around=around)
 
 
-def models_of(store: Store, run: str, mixes: int = 8) -> Models:
-    """Everything that can be served from a run, every byte checked; the one-step student comes first where there is one."""
+def champion(store: Store, lifecycle: str) -> Artifact | None:
+    """What the champion pointer of a lifecycle is at; None before the first night."""
+    past = moves(store, champion_of(lifecycle))
+    return past[-1].artifact if past else None
+
+
+def models_of(store: Store, run: str, mixes: int = 8, best: Artifact | None = None) -> Models:
+    """Everything that can be served from a run, every byte checked; the one-step student comes first where there is one.
+
+    `best` is served as `champion` beside the run's own, whichever run made it.
+    """
     record = store.read_run(run)
     entries = {entry["name"]: entry for entry in record["stages"] if entry.get("digest")}
     found = {name: store.find(name, entry["key"]) for name, entry in entries.items()}
     served: dict[str, Served] = {}
     for name, artifact in found.items():
         if artifact is not None and artifact.kind == "checkpoint":
-            folder = store.local(artifact)
-            served[name] = Served(name, artifact, folder, read_card(folder), _base(artifact, folder / "adapter"))
+            served[name] = _served(store, name, artifact)
     if not served:
         raise ConfigError(f"run {record['run']} has no checkpoint to serve yet; finish it: t2i run PRESET")
     loras = {
         name: each for name, each in served.items() if (each.folder / "adapter").is_dir() and not each.card.distilled
     }
+    enhancers = [artifact for artifact in found.values() if artifact is not None and artifact.kind == "enhancer"]
+    enhancer = store.local(enhancers[-1]) if enhancers else None
     aliases = _aliases(served)
+    if best is not None:
+        own = next((name for name, each in served.items() if each.artifact.digest == best.digest), None)
+        if own is None:
+            served[CHAMPION] = _served(store, CHAMPION, best)
+        else:
+            aliases[CHAMPION] = own
     default = next(
         (aliases[name] for name in ("student-1", "student-4", "teacher") if name in aliases), next(iter(served))
     )
-    return Models(str(record["run"]), served, loras, default, aliases, mixes)
+    return Models(
+        str(record["run"]), served, loras, default, aliases, enhancer, None if best is None else best.digest, mixes
+    )
+
+
+def _served(store: Store, name: str, artifact: Artifact) -> Served:
+    folder = store.local(artifact)
+    return Served(name, artifact, folder, read_card(folder), _base(artifact, folder / "adapter"))
 
 
 def _base(artifact: Artifact, adapter: Path) -> str | None:

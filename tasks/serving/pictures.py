@@ -29,10 +29,10 @@ async def pictures(engine: Engine, config: ServeConfig, asked: ImagesRequest, re
     """The answer to a request; an HTTPException says why there is none."""
     models = engine.models
     try:
-        look = await run_in_threadpool(look_of, models, config, asked)
+        look, prompt = await run_in_threadpool(look_of, models, config, asked)
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         seeds = [seed + number for number in range(asked.n)]
-        jobs = engine.submit(models, look, asked.prompt, seeds)
+        jobs = engine.submit(models, look, prompt, seeds)
     except (ConfigError, ValueError) as error:
         raise HTTPException(400, str(error)) from error
     except Busy as error:
@@ -52,8 +52,8 @@ async def pictures(engine: Engine, config: ServeConfig, asked: ImagesRequest, re
     }  # fmt: skip
 
 
-def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
-    """What the request comes to; ConfigError or ValueError says what cannot be done and what can."""
+def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> tuple[Look, str]:
+    """What the request comes to, and the prompt to draw, enhanced where the run can; ConfigError or ValueError says what cannot be done and what can."""
     model = models.find(asked.model)
     card = model.card
     if asked.n > config.pictures:
@@ -89,7 +89,9 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> Look:
     encode = generator.around.encode
     if (count := encode.count(asked.prompt)) > encode.longest:
         raise ConfigError(f"the prompt has {count} tokens, the model reads {encode.longest}; shorten it")
-    return Look(model, loras, width, height, steps, guidance, text_length(generator, asked.prompt))
+    prompt = models.enhanced(asked.prompt, model, loras).revised if asked.enhance else asked.prompt
+    prompt = prompt if encode.count(prompt) <= encode.longest else asked.prompt
+    return Look(model, loras, width, height, steps, guidance, text_length(generator, prompt)), prompt
 
 
 async def _drawn(jobs: list[Job], request: Request) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the images API takes and gives: OpenAI's fields, then ours (seed, steps, guidance, loras)."""
+"""What the images API takes and gives: OpenAI's fields, then ours (seed, steps, guidance, loras, enhance)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class ImagesRequest(BaseModel):
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=1, le=30)
     loras: dict[str, float] = Field(default_factory=dict, max_length=8)
+    enhance: bool = True
 
     @field_validator("size")
     @classmethod

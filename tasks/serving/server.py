@@ -25,20 +25,24 @@ def refuse_open(host: str, key: str | None) -> None:
 
 
 def build(root: str, run: str, config: ServeConfig, key: str | None, hosts: list[str] | None) -> Any:
-    """The ASGI application of a run; with `latest`, later runs of its name take over without a restart."""
+    """The ASGI application of a run; with `latest`, later runs of its name and a newly promoted champion take over."""
     from tasks.serving.app import create_app
     from tasks.serving.engine import Engine
-    from tasks.serving.models import Models, models_of
+    from tasks.serving.models import Models, champion, models_of
 
     store = open_store(root, create=False)
-    engine = Engine(models_of(store, run, config.mixes), config)
+    lifecycle = str(store.read_run(run).get("name"))
+    following = run == "latest"
+    engine = Engine(models_of(store, run, config.mixes, champion(store, lifecycle) if following else None), config)
     engine.models.generator(engine.models.find(None), ())  # loaded before the first request
 
     def follow() -> Models | None:
-        later = later_run(store, engine.models.run)
-        return None if later is None else models_of(store, later, config.mixes)
+        later, best = later_run(store, engine.models.run), champion(store, lifecycle)
+        if later is None and (best is None or best.digest == engine.models.champion):
+            return None
+        return models_of(store, later or engine.models.run, config.mixes, best)
 
-    return create_app(engine, config, key, follow if run == "latest" else None, hosts)
+    return create_app(engine, config, key, follow if following else None, hosts)
 
 
 def later_run(store: Store, served: str) -> str | None:
