@@ -57,7 +57,7 @@ def test_it_fits_the_compose_specification() -> None:
         jsonschema.validate(COMPOSE | {"services": {"s3": {"imago": "x"}}}, schema)
 
 
-@pytest.mark.parametrize("service", ["prefect-server", "ray-head", "ray-worker", "flows"])
+@pytest.mark.parametrize("service", ["prefect-server", "ray-head", "ray-worker", "flows", "serve"])
 @pytest.mark.parametrize("content", [None, ""])
 def test_no_service_starts_without_its_secrets(service: str, content: str | None, tmp_path: Path) -> None:
     if content is not None:
