@@ -17,7 +17,6 @@ pytestmark = [pytest.mark.lifecycle, pytest.mark.prefect, pytest.mark.timeout(90
 FOLDER = Path(__file__).parent
 PASSWORD = "admin:a-long-password"
 SHORT = ["personalize=[]", "mix=[]", "distill=[]", "distill_pairs=[]", "compare=null", "evaluate.subjects=[]"]
-CHROMIUM = Path("/usr/bin/chromium")
 PICTURES = os.environ.get("T2I_SCREENSHOTS")
 
 
@@ -83,20 +82,13 @@ def client(served):
 
 
 @pytest.fixture
-def page(served):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM} (Debian: chromium)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        page = browser.new_page(viewport={"width": 1300, "height": 1800})
-        page.goto(served[0].removesuffix("/api"))
-        page.locator("input").first.fill(PASSWORD)
-        page.keyboard.press("Enter")
-        page.wait_for_url("**/dashboard**")
-        yield page
-        browser.close()
+def page(served, browser):
+    page = browser.new_page(viewport={"width": 1300, "height": 1800})
+    page.goto(served[0].removesuffix("/api"))
+    page.locator("input").first.fill(PASSWORD)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/dashboard**")
+    return page
 
 
 def shown(page, name):

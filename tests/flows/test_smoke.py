@@ -86,12 +86,17 @@ def own_subject(root: Path, folder: Path) -> None:
 @pytest.mark.lifecycle
 @pytest.mark.prefect
 @pytest.mark.timeout(900)
-def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(
+    tmp_path: Path, browser: Any, barriers: Any
+) -> None:
     straight = command("run", str(PRESET), root=tmp_path / "straight")
     assert straight["outcome"] == "ok"
     assert {stage["status"] for stage in straight["stages"]} == {"ran"}
     assert not outside_hosts(tmp_path / "straight")
     assert Path(straight["report"]).stat().st_size > 10_000
+    page = browser.new_page()
+    page.goto(Path(straight["report"]).as_uri())
+    assert barriers(page) == []
     assert {"teacher", "student-4", "student-1", "lora-robot", "lora-octopus", "lora-mix-subjects"} <= set(
         straight["exports"]
     )
