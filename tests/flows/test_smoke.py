@@ -24,7 +24,8 @@ HERE = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None", socket.gethostname()
 
 
 def command(*arguments: str, root: Path) -> Any:
-    environment = {**os.environ, "PYTHONPATH": str(TRACED), "NETWORK_TRACE": str(root.parent / "hosts.txt")}
+    path = os.pathsep.join([str(TRACED), str(PRESET.parents[1])])  # this tree, wherever t2i is installed from
+    environment = {**os.environ, "PYTHONPATH": path, "NETWORK_TRACE": str(root.parent / "hosts.txt")}
     done = subprocess.run(
         [*T2I, *arguments, "--set", f"run.root={root}", "--json"],
         capture_output=True, text=True, check=False, env=environment,
