@@ -113,4 +113,4 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(tmp_p
     plan = command("plan", str(PRESET), "--set", "posttrain.dpo.beta_per_element=0.7", root=tmp_path / "straight")
     untouched = {row["stage"] for row in plan if row["state"] == "HIT"}
     assert untouched == {"source", "download", "dedup", "quality", "buckets", "encode", "judge", "pretrain-32",
-                         "pretrain-40", "sft", "pairs", "grpo"}  # fmt: skip
+                         "pretrain-40", "sft", "pairs", "grpo", "prompt-enhancer"}  # fmt: skip
