@@ -24,7 +24,8 @@ HERE = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None", socket.gethostname()
 
 
 def command(*arguments: str, root: Path) -> Any:
-    environment = {**os.environ, "PYTHONPATH": str(TRACED), "NETWORK_TRACE": str(root.parent / "hosts.txt")}
+    path = os.pathsep.join([str(TRACED), str(PRESET.parents[1])])  # this tree, wherever t2i is installed from
+    environment = {**os.environ, "PYTHONPATH": path, "NETWORK_TRACE": str(root.parent / "hosts.txt")}
     done = subprocess.run(
         [*T2I, *arguments, "--set", f"run.root={root}", "--json"],
         capture_output=True, text=True, check=False, env=environment,
@@ -117,4 +118,4 @@ def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(
     plan = command("plan", str(PRESET), "--set", "posttrain.dpo.beta_per_element=0.7", root=tmp_path / "straight")
     untouched = {row["stage"] for row in plan if row["state"] == "HIT"}
     assert untouched == {"source", "download", "dedup", "quality", "buckets", "encode", "judge", "pretrain-32",
-                         "pretrain-40", "sft", "pairs", "grpo"}  # fmt: skip
+                         "pretrain-40", "sft", "pairs", "grpo", "prompt-enhancer"}  # fmt: skip
