@@ -86,7 +86,7 @@ def own_subject(root: Path, folder: Path) -> None:
 
 @pytest.mark.lifecycle
 @pytest.mark.prefect
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_killed_and_resumed_equals_undisturbed_and_a_second_run_reuses_all(
     tmp_path: Path, browser: Any, barriers: Any
 ) -> None:
