@@ -22,7 +22,15 @@ from models.posttraining.config import (
     RewardModelConfig,
 )
 from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
-from tasks.config import CompareConfig, EvaluateConfig, ExportConfig, JudgeConfig, ModelConfig, ReportConfig
+from tasks.config import (
+    CompareConfig,
+    DistributionConfig,
+    EvaluateConfig,
+    ExportConfig,
+    JudgeConfig,
+    ModelConfig,
+    ReportConfig,
+)
 
 
 class PosttrainConfig(Config):
@@ -115,6 +123,9 @@ class LifecycleConfig(Config):
     )
     compare: CompareConfig | None = Field(default=None, description="Students against their teacher, step by step")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Scores and gates")
+    distribution: DistributionConfig | None = Field(
+        default=None, description="Pictures against held-out ones on an embedding; works without the demo's scenes"
+    )
     export: ExportConfig = Field(default=ExportConfig(), description="Stock pipelines")
     report: ReportConfig = Field(default=ReportConfig(), description="The page that shows it all")
     run: RunConfig = Field(default=RunConfig(), description="Where and how", json_schema_extra=UNVERSIONED)

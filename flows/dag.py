@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar, assert_never
 
 from data_curation.config import DataConfig, SubjectFolder
@@ -58,7 +59,7 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
     if post.dpo is not None:
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start))
     exports = {name: name for name in (*tuned, *post.branches)}
-    specs += prompt_enhancement(config)
+    specs += prompt_enhancement(config) + distances(config, ("model", *exports))
     return [*specs, spec_of("export", "export", config.export, **exports)]
 
 
@@ -212,6 +213,14 @@ def distillation(config: LifecycleConfig) -> list[StageSpec]:
     return specs
 
 
+def distances(config: LifecycleConfig, checkpoints: Sequence[str]) -> list[StageSpec]:
+    """Pictures against held-out ones, where that is asked for."""
+    if config.distribution is None:
+        return []
+    drawn = {name: name for name in checkpoints}
+    return [spec_of("distribution", "measure_distribution", config.distribution, data="encode", **drawn)]
+
+
 def proof(config: LifecycleConfig) -> list[StageSpec]:
     """Scores of every checkpoint, the pipelines to give away, and the page."""
     checkpoints = {name: name for name in config.checkpoints}
@@ -228,7 +237,10 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     enhancer = config.posttrain.prompt_enhancer
     if enhancer is not None and enhancer.check is not None:
         shown |= {"prompts": enhancer.check.name}
+    measured = distances(config, config.checkpoints)
+    shown |= {spec.name: spec.name for spec in measured}
     return [
+        *measured,
         spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
         spec_of("export", "export", config.export, **exports),
         spec_of("report", "report", config.report, scores="evaluate", **shown, **checkpoints),

@@ -45,6 +45,14 @@ def fingerprint(path: Path) -> str | None:
     return digest.hexdigest()
 
 
+def weights_digest(folder: Path) -> str:
+    """sha256 over the weights (safetensors) that lie in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

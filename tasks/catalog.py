@@ -49,6 +49,7 @@ TRAITS: dict[str, Traits] = {
     "autoencoder": Traits("autoencoder", "models.pretraining.config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
     "import_model": Traits("checkpoint", "tasks.config:ModelConfig", "tasks.model_features:import_model"),
     "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features"),
+    "measure_distribution": Traits("scores", "tasks.config:DistributionConfig", "tasks.distribution:measure_distribution"),
     "train_judge": Traits("judge", "tasks.config:JudgeConfig", "tasks.judge:train_judge"),
     "flow_matching": Traits("checkpoint", "models.pretraining.config:FlowMatchingConfig", "tasks.training:flow_matching", runs="train"),
     "make_pairs": Traits("pairs", "models.posttraining.config:PairsConfig", "tasks.preference:make_pairs", version=2),

@@ -13,6 +13,7 @@ from models.evaluation.config import GateConfig, JudgeConfig
 
 __all__ = [
     "CompareConfig",
+    "DistributionConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FeaturesConfig",
@@ -25,6 +26,13 @@ __all__ = [
 ]
 
 PromptSetName = Literal["held_out_basic", "held_out_full", "training", "long"]
+
+
+def _with_fingerprint(data: Any, field: str) -> Any:
+    """A stage's settings with the digest of the folder that a field names, so that other weights make another key."""
+    if isinstance(data, dict) and isinstance(data.get(field), str) and data.get("fingerprint") is None:
+        return data | {"fingerprint": fingerprint(Path(data[field]))}
+    return data
 
 
 class PromptSetConfig(Config):
@@ -81,6 +89,33 @@ class EvaluateConfig(Config):
     batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time; few stay in a CPU's cache")
 
 
+class DistributionConfig(Config):
+    """Checkpoints' pictures against held-out pictures of the training set, on an embedding."""
+
+    embedding: str = Field(
+        default="packaged",
+        min_length=1,
+        description="`packaged` (EfficientNet-Lite0), or a CLIP or DINOv2: transformers folder or OWNER/NAME@COMMIT",
+    )
+    fingerprint: str | None = Field(default=None, description="Digest of the folder; null: taken when this is read")
+    aesthetic: Path | None = Field(
+        default=None, description="Linear head on the embedding (safetensors: weight, bias) that scores aesthetics"
+    )
+    pictures: int = Field(default=256, ge=40, description="Pictures drawn; as many real ones are compared with")
+    training: int = Field(default=1024, ge=1, description="Training pictures searched for copies")
+    resolution: int | None = Field(
+        default=None, ge=8, description="Of the real pictures, px; null: the last checkpoint's"
+    )
+    caption: Literal["short", "long"] = Field(default="short", description="Captions that are drawn")
+    bootstrap: int = Field(default=200, ge=20, description="Resamples behind intervals of means")
+    seed: int = Field(default=1234, ge=0, description="Chooses pictures and noise")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_fingerprint(cls, data: Any) -> Any:
+        return _with_fingerprint(data, "embedding")
+
+
 class ReportConfig(Config):
     """What the one-page report shows."""
 
@@ -114,9 +149,7 @@ class ModelConfig(Config):
     def _take_fingerprint(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"source": data}
-        if isinstance(data, dict) and isinstance(data.get("source"), str) and data.get("fingerprint") is None:
-            return data | {"fingerprint": fingerprint(Path(data["source"]).expanduser())}
-        return data
+        return _with_fingerprint(data, "source")
 
 
 class FeaturesConfig(Config):

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_curation.dataset import Split, TrainingSet
 from infra.errors import DataRefused
+from infra.local_files import weights_digest
 from infra.stages import StageContext
 from models.engine.distribute import one_thread, world
 from models.engine.loop import train, write_metrics
@@ -20,7 +21,7 @@ from models.engine.weights import put_weights
 from models.networks import prompt_enhancer as network
 from models.posttraining.caption_pairs import PairSource, addable, sound, vocabulary
 from models.posttraining.config import PromptEnhancerConfig
-from models.posttraining.enhancer_files import CARD, EnhancerCard, listing_digest, load_enhancer, weights_digest
+from models.posttraining.enhancer_files import CARD, EnhancerCard, listing_digest, load_enhancer
 from models.posttraining.intent import Intent
 from models.posttraining.prompt_enhancement import PromptRewriting, batch_of
 from tasks.training_data import local_slots

@@ -14,6 +14,7 @@ from tasks.config import ReportConfig
 from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
 from tasks.report_tables import (
     comparison_rows,
+    distribution_table,
     funnel_rows,
     funnel_summary,
     grid_rows,
@@ -66,7 +67,7 @@ def render(
     )  # fmt: skip
     text: str = environment.get_template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
-        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx),
+        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx), distribution=distribution_table(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
         curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),

@@ -220,3 +220,15 @@ def prompt_rows(ctx: StageContext) -> dict[str, Any]:
         if all(path.exists() for path in paths.values()):
             rows.append(row | {"pictures": {name: data_uri(path.read_bytes()) for name, path in paths.items()}})
     return {"scores": record["scores"], "rows": rows}
+
+
+def distribution_table(ctx: StageContext) -> dict[str, Any]:
+    """Every checkpoint's distances to held-out pictures, real ones first, and the pictures nearest to training ones."""
+    folder = ctx.inputs.get("distribution")
+    if folder is None:
+        return {}
+    record: dict[str, Any] = json.loads((folder / "distribution.json").read_text())
+    columns = list(dict.fromkeys(name for scores in record["scores"].values() for name in scores))
+    stages = sorted(record["scores"], key=lambda stage: stage != "real")
+    nearest = {path.stem.removeprefix("nearest-"): data_uri(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
+    return record | {"columns": columns, "stages": stages, "nearest": nearest}

@@ -70,3 +70,23 @@ def sd3_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def vae() -> Callable[[], Any]:
     return tiny_vae
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A random CLIP of 16 features that sees 16 x 16 px."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    root = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"vocab_size": 514, "max_position_embeddings": 16, "bos_token_id": 512, "eos_token_id": 513,
+                    "pad_token_id": 513}  # fmt: skip
+    vision = small | {"image_size": 16, "patch_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.save_pretrained(root / "clip")
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(images, clip_tokenizer(root / "t")).save_pretrained(root / "clip")
+    return root / "clip"

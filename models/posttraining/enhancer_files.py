@@ -38,14 +38,6 @@ class EnhancerCard(Config):
         return Intent(known, addable, tuple(triggers), self.language, self.max_tokens, count_tokens)
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over the weights of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def listing_digest(model: str) -> str:
     """What identifies a chat model that is not copied: its name, and for a folder its files' names and sizes."""
     folder = Path(model)

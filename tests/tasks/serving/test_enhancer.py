@@ -7,11 +7,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from infra.local_files import weights_digest
 from infra.pointers import champion_of, move
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
 from models.networks.prompt_enhancer import SPECIAL, CaptionModel, build, example, train_tokenizer
-from models.posttraining.enhancer_files import CARD, EnhancerCard, weights_digest
+from models.posttraining.enhancer_files import CARD, EnhancerCard
 from models.posttraining.prompt_enhancement import PromptRewriting, batch_of
 from models.sampling.generate import load_generator
 from tasks.serving import server
