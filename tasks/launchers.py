@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 JOB_POLL_SECONDS = 1.0
 STOP_SECONDS = 20.0
 ALIVE = ("PENDING", "RUNNING")
+JOB_VARIABLE = "T2I_JOB"
+MAX_VARIABLE = 120_000
 HANDED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "PYTHONPATH")  # to a job; keys and tokens are the cluster's own
 ERROR_MARK = "T2I-ERROR "
 PROGRESS_MARK = "T2I-PROGRESS "
@@ -151,20 +155,20 @@ class RayJobLauncher:
                     attempt += 1
 
     def _start(self, submission: str, job: Job) -> str:
-        with tempfile.TemporaryDirectory(prefix="t2i-job-") as folder:
-            Path(folder, "spec.json").write_text(job.model_dump_json())
-            try:
-                started: str = self.client.submit_job(
-                    entrypoint="python -m tasks.worker --spec spec.json",
-                    submission_id=submission,
-                    runtime_env={"working_dir": folder, "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", **handed_on()}},
-                    metadata={"stage": job.spec.name, "key": job.key, "root": job.root},
-                    entrypoint_num_cpus=0,  # it only waits; the workers it starts ask for what they need
-                )
-            except RuntimeError:
-                if self._state(submission) is None:
-                    raise
-                return submission  # another driver submitted it in the meantime
+        # no working_dir: two Ray nodes on one machine share it, and the second one to unpack it removes it under the first
+        variables = {"RAY_TRAIN_V2_ENABLED": "1", JOB_VARIABLE: packed(job), **handed_on()}
+        try:
+            started: str = self.client.submit_job(
+                entrypoint="python -m tasks.worker",
+                submission_id=submission,
+                runtime_env={"env_vars": variables},
+                metadata={"stage": job.spec.name, "key": job.key, "root": job.root},
+                entrypoint_num_cpus=0,  # it only waits; the workers it starts ask for what they need
+            )
+        except RuntimeError:
+            if self._state(submission) is None:
+                raise
+            return submission  # another driver submitted it in the meantime
         return started
 
     def _state(self, submission: str) -> str | None:
@@ -197,6 +201,22 @@ class RayJobLauncher:
             f"stage {job.spec.name!r} failed: Ray job {submission} ended as {state}: {last[0]}; "
             f"`ray job logs {submission}` has the rest"
         )
+
+
+def packed(job: Job) -> str:
+    """A job as the value of an environment variable; Linux takes up to 128 KiB, which is some MB of a job's JSON."""
+    text = base64.b85encode(zlib.compress(job.model_dump_json().encode(), 9)).decode()
+    if len(text) > MAX_VARIABLE:
+        raise LifecycleError(
+            f"stage {job.spec.name!r} has a job of {len(text)} bytes, more than the {MAX_VARIABLE} that a Ray job takes; "
+            "give it fewer inputs, or run it with launcher=ray"
+        )
+    return text
+
+
+def unpacked(text: str) -> Job:
+    """The job that `packed` made the text of."""
+    return Job.model_validate_json(zlib.decompress(base64.b85decode(text)))
 
 
 def handed_on() -> dict[str, str]:
