@@ -207,7 +207,9 @@ def test_lines_say_where_and_how_long(capsys):
 
 @pytest.mark.slow
 @pytest.mark.prefect
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.lifecycle)]
+)
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
     command = [*T2I, "run", SMOKE, "--root", str(tmp_path), "--set", "data.source.rows=400"]
     environment = {**os.environ, "PYTHONPATH": str(PRESETS.parent)}
@@ -216,7 +218,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
     for line in process.stderr:
         if "download: starts" in line:
             break
-    time.sleep(2)
+    time.sleep(1)
     process.send_signal(number)
     said = process.stderr.read()
     assert process.wait(60) == code, said

@@ -196,7 +196,7 @@ def test_killed_at_random_moments_ends_with_the_same_digests(toys, tmp_path):
     assert start(tmp_path / "calm").wait() == 0
     length = time.monotonic() - begun
     rng, kills = random.Random(3), 0
-    while kills < 20:
+    while kills < 8:
         process = start(tmp_path / "stormy")
         try:
             process.wait(rng.uniform(0.4, 1.0) * length)
