@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping
 
 from infra.errors import LifecycleError
-from tasks.launchers import ERROR_MARK, JOB_VARIABLE, PROGRESS_MARK, LocalLauncher, unpacked
+from tasks.launchers import LocalLauncher
+from tasks.ray_jobs import ERROR_MARK, JOB_VARIABLE, PROGRESS_MARK, unpacked
 
 PROGRESS_SECONDS = 2.0
 
