@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -205,6 +206,12 @@ def test_lines_say_where_and_how_long(capsys):
     assert plan_lines(rows)[-1] == "1 of 2 stages to run, about 0 s, 1 never timed"
 
 
+def listening(pid):
+    """Addresses on which a process and everything it started wait for connections."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return {c.laddr.ip for each in family for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
 @pytest.mark.slow
 @pytest.mark.prefect
 @pytest.mark.parametrize(
@@ -219,6 +226,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
         if "download: starts" in line:
             break
     time.sleep(1)
+    assert listening(process.pid) == {"127.0.0.1"}  # Prefect's server and the demo web
     process.send_signal(number)
     said = process.stderr.read()
     assert process.wait(60) == code, said

@@ -174,9 +174,10 @@ def test_a_lost_node_is_made_up_for_and_changes_no_digest(curated, nodes, tmp_pa
         launcher, job = RayJobLauncher(resources), training(curated, resources, *steps)
         ending = pool.submit(launcher.run, job, lambda *progress: told.append(progress[1]))
         until(lambda: ending.done() or (told and told[-1] > 20), 180)
+        at, before = told[-1], len(told)
         nodes.lose_second()
-        at = told[-1]
         nodes.add_second()
         artifact = ending.result(300)
     assert at < 500
+    assert min(told[before:]) >= at - 10  # it went on from the last checkpoint
     assert artifact.digest == LocalLauncher(calm.resources).run(calm, silent).digest
