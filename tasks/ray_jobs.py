@@ -129,8 +129,9 @@ class RayJobLauncher:
 
     def _forward(self, submission: str, job: Job, report: Report) -> None:
         """Report the newest progress in the job's log."""
-        text, ended, _ = self._log_of(submission).rpartition(PROGRESS_MARK)[2].partition("\n")
-        if ended and text.startswith("["):
+        whole_lines = self._log_of(submission).rpartition("\n")[0]
+        text = whole_lines.rpartition(PROGRESS_MARK)[2].partition("\n")[0]
+        if text.startswith("["):
             done, total, metrics = json.loads(text)
             report(job.spec.name, done, total, metrics)
 
