@@ -157,7 +157,8 @@ class RayJobLauncher:
 
 def packed(job: Job) -> str:
     """A job as the value of an environment variable; Linux takes up to 128 KiB, which is some MB of a job's JSON."""
-    text = base64.b85encode(zlib.compress(job.model_dump_json().encode(), 9)).decode()
+    packed_bytes = zlib.compress(job.model_dump_json().encode(), 9)
+    text = base64.b64encode(packed_bytes).decode()  # not base85: Ray puts variables in the place of its dollars
     if len(text) > MAX_VARIABLE:
         raise LifecycleError(
             f"stage {job.spec.name!r} has a job of {len(text)} bytes, more than the {MAX_VARIABLE} that a Ray job takes; "
@@ -168,7 +169,7 @@ def packed(job: Job) -> str:
 
 def unpacked(text: str) -> Job:
     """The job that `packed` made the text of."""
-    return Job.model_validate_json(zlib.decompress(base64.b85decode(text)))
+    return Job.model_validate_json(zlib.decompress(base64.b64decode(text)))
 
 
 def handed_on() -> dict[str, str]:
