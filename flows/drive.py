@@ -14,6 +14,7 @@ from flows.plan import PlanRow
 from flows.run import Display, Record, Run
 from infra.artifacts import Artifact
 from infra.config import parse
+from infra.disk import require_disk
 from infra.embedded import prefect_server
 from infra.errors import ConfigError
 from infra.local_files import local_path
@@ -31,6 +32,7 @@ def run_lifecycle(config: LifecycleConfig, rows: Sequence[PlanRow], force: list[
         about = {"name": config.name, "config": config.model_dump(mode="json"), "force": force}
         name = f"{config.name}-{uuid.uuid4().hex[:8]}"
         return Run(name, stage_specs(config), config.run, about, display=display).execute()
+    require_disk(config.run.root, int(config.run.min_free_gb * 1e9))  # refuse before a server starts
     with prefect_server(home_of(config.run.root)):
         from flows.lifecycle import lifecycle_flow
 

@@ -1,13 +1,11 @@
-"""Which addresses a fetch may reach: http and https on public ones; checked on the URL and again at every connection.
+"""Which addresses a fetch may reach: public ones; asked at every connection, which then goes to the address that was judged.
 
 Names are resolved by the system, so decimal, hex and octal hosts are judged as the address they mean.
 """
 
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
 from infra.errors import DataRefused
 
@@ -16,6 +14,7 @@ _CARRIES_IPV4 = tuple(
 )  # NAT64, compatible, SIIT
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")  # parts of it count as global; a cloud's metadata is among them
+_getaddrinfo = socket.getaddrinfo  # under a name of its own, so that only this answer can be staged
 
 
 def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
@@ -56,59 +55,3 @@ def public_addresses(host: str, port: int, allow_private: Sequence[str] = ()) ->
         if not is_public(address) and not is_allowed(host, address, port, allow_private):
             raise DataRefused(f"{host} is {address}, not a public address; add it to allow_private if it is meant")
     return addresses
-
-
-def check_url(url: str, allow_private: Sequence[str] = ()) -> list[str]:
-    """Refuse a URL that is not http(s), carries a password or leads to a non-public address; else its addresses."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise DataRefused(f"URL {url!r} is malformed: {error}; correct the row") from error
-    if parts.scheme not in ("http", "https"):
-        raise DataRefused(f"URL {url!r} has scheme {parts.scheme!r}; only http and https are fetched")
-    if not parts.hostname or any(character <= " " for character in url) or "\\" in parts.netloc:
-        raise DataRefused(f"URL {url!r} names no host; correct the row")
-    if parts.username is not None or parts.password is not None:
-        raise DataRefused(f"URL with credentials for {parts.hostname} is not fetched; remove user and password")
-    return public_addresses(parts.hostname, port, allow_private)
-
-
-_getaddrinfo = socket.getaddrinfo
-
-
-def guard_sockets(allow_private: Sequence[str] = ()) -> Callable[[], None]:
-    """Check every later TCP connection of this process by the address it really goes to; returns what undoes it.
-
-    Meant for a download process of its own: whatever library connects, a redirect or a second DNS answer changes nothing.
-    Left out: code that brings its own C sockets (uvloop, Arrow).
-    """
-    real_connect, real_connect_ex = socket.socket.connect, socket.socket.connect_ex
-
-    def checked(sock: socket.socket, address: Any) -> Any:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return address
-        host, port, *rest = address
-        found = public_addresses(str(host), int(port), allow_private)
-        family = socket.AF_INET6 if ":" in found[0] else socket.AF_INET
-        return (found[0] if family == sock.family else host, port, *rest)
-
-    def connect(self: socket.socket, address: Any) -> None:
-        try:
-            real_connect(self, checked(self, address))
-        except DataRefused as error:
-            raise PermissionError(str(error)) from error  # what libraries expect of a socket: an OSError
-
-    def connect_ex(self: socket.socket, address: Any) -> int:
-        try:
-            return real_connect_ex(self, checked(self, address))
-        except DataRefused as error:
-            raise PermissionError(str(error)) from error
-
-    def undo() -> None:
-        socket.socket.connect = real_connect  # type: ignore[method-assign]
-        socket.socket.connect_ex = real_connect_ex  # type: ignore[method-assign]
-
-    socket.socket.connect = connect  # type: ignore[method-assign, assignment]
-    socket.socket.connect_ex = connect_ex  # type: ignore[method-assign, assignment]
-    return undo

@@ -158,10 +158,14 @@ class TrainingGroup:
 
     def __init__(self, resources: Resources, catalog: Catalog, storage: str, functions: tuple[str, ...] = ()) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.resources, self.catalog, self.storage = resources, catalog, storage
         self.functions = functions  # imported by the workers before their first job
-        self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(
+            Mailbox
+        ).remote()  # no other node's loss ends it
         self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._fit, name="training-group", daemon=True)
         self.thread.start()

@@ -1,18 +1,17 @@
-"""`python -m tasks.worker --spec spec.json`: the entry point of a Ray job; runs one stage and commits its artifact."""
+"""`T2I_JOB=... python -m tasks.worker`: the entry point of a Ray job; runs one stage and commits its artifact."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from infra.errors import LifecycleError
-from tasks.launchers import ERROR_MARK, PROGRESS_MARK, LocalLauncher
-from tasks.stage import Job
+from tasks.launchers import LocalLauncher
+from tasks.ray_jobs import ERROR_MARK, JOB_VARIABLE, PROGRESS_MARK, unpacked
 
 PROGRESS_SECONDS = 2.0
 
@@ -31,11 +30,9 @@ class LogProgress:
             sys.stdout.flush()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job in the spec file; the exit code is the error's."""
-    parser = argparse.ArgumentParser(prog="tasks.worker", description="Run one stage of a lifecycle.")
-    parser.add_argument("--spec", type=Path, required=True, help="JSON file with the job")
-    job = Job.model_validate_json(parser.parse_args(arguments).spec.read_text())
+def main() -> int:
+    """Run the job that the environment holds; the exit code is the error's."""
+    job = unpacked(os.environ[JOB_VARIABLE])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resources = job.resources.model_copy(update={"launcher": "ray", "ray_address": "auto"})
     launcher = LocalLauncher(resources)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -205,9 +206,17 @@ def test_lines_say_where_and_how_long(capsys):
     assert plan_lines(rows)[-1] == "1 of 2 stages to run, about 0 s, 1 never timed"
 
 
+def listening(pid):
+    """Addresses on which a process and everything it started wait for connections."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return {c.laddr.ip for each in family for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
 @pytest.mark.slow
 @pytest.mark.prefect
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.lifecycle)]
+)
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
     command = [*T2I, "run", SMOKE, "--root", str(tmp_path), "--set", "data.source.rows=400"]
     environment = {**os.environ, "PYTHONPATH": str(PRESETS.parent)}
@@ -216,7 +225,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, number, code):
     for line in process.stderr:
         if "download: starts" in line:
             break
-    time.sleep(2)
+    time.sleep(1)
+    assert listening(process.pid) == {"127.0.0.1"}  # Prefect's server and the demo web
     process.send_signal(number)
     said = process.stderr.read()
     assert process.wait(60) == code, said

@@ -196,7 +196,8 @@ def test_killed_at_random_moments_ends_with_the_same_digests(toys, tmp_path):
     assert start(tmp_path / "calm").wait() == 0
     length = time.monotonic() - begun
     rng, kills = random.Random(3), 0
-    while kills < 20:
+    while kills < 8:
+        begun = time.monotonic()
         process = start(tmp_path / "stormy")
         try:
             process.wait(rng.uniform(0.4, 1.0) * length)
@@ -207,6 +208,7 @@ def test_killed_at_random_moments_ends_with_the_same_digests(toys, tmp_path):
         else:
             assert process.returncode == 0
             assert digests(tmp_path / "stormy") == digests(tmp_path / "calm")
+            length = min(length, time.monotonic() - begun)  # the calm run's start may have been a cold one
             for folder in (tmp_path / "stormy").iterdir():
                 if folder.name in ("pretrain", "sft", "report"):
                     subprocess.run(["rm", "-r", str(folder)], check=True)

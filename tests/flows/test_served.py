@@ -149,3 +149,26 @@ def test_a_failed_run_is_told(served, client, told, until):
     body = until(lambda: next((each for each in told[1] if "stage run" in each["text"]), None), 60)
     assert body["text"].endswith("is Failed")
     assert str(run.id) in body["run"]
+
+
+def test_a_cancelled_run_leaves_no_process(served, client, until):
+    import psutil
+    from prefect.states import Cancelling
+
+    deployment = until(lambda: client.read_deployment_by_name("lifecycle/lifecycle"))
+    config = {**deployment.parameters["config"], "name": "cancelled", "seed": 7}
+    config["pretrain"][0]["train"]["steps"] = 100_000
+    run = client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
+    scratch = served[1] / ".scratch"
+    until(lambda: list(scratch.glob("pretrain-32-*/work/checkpoints/step-*")))
+    process = next(each for each in psutil.process_iter(["environ"]) if _flow_run(each) == str(run.id))
+    family = [process, *process.children(recursive=True)]
+    client.set_flow_run_state(run.id, Cancelling())  # what the Cancel button does
+    until(lambda: client.read_flow_run(run.id).state_name == "Cancelled", 30)
+    until(lambda: not any(each.is_running() for each in family), 30)
+    record = next(json.loads(path.read_text()) for path in (served[1] / "runs").glob("cancelled-*.json"))
+    assert record["outcome"] == "interrupted"
+
+
+def _flow_run(process):
+    return (process.info["environ"] or {}).get("PREFECT__FLOW_RUN_ID")
