@@ -178,7 +178,8 @@ def personalization(config: LifecycleConfig) -> list[StageSpec]:
     for stage in config.personalize:
         specs += personalized(stage, config.pretrain[-1].sampling.side, config.seed, start)
     for mix in config.mix:
-        specs.append(spec_of(mix.name, "mix", mix, init=start, **{name: name for name in mix.adapters}))
+        data = {"data": "encode"} if mix.method == "fused" else {}
+        specs.append(spec_of(mix.name, "mix", mix, init=start, **data, **{name: name for name in mix.adapters}))
     return specs
 
 

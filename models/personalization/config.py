@@ -9,11 +9,12 @@ from pydantic import Field, model_validator
 
 from infra.config import Config
 from infra.local_files import fingerprint
+from infra.stages import IF_SET
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.networks.config import LoraConfig
 from models.pretraining.config import TimestepConfig
 
-MixMethod = Literal["sum", "svd", "ties", "dare"]
+MixMethod = Literal["sum", "svd", "ties", "dare", "fused"]
 
 
 class DreamBoothConfig(Config):
@@ -91,6 +92,16 @@ class DreamBoothConfig(Config):
         return self
 
 
+class FusionConfig(Config):
+    """What the models of a fused mix draw, so that their layers' inputs are known."""
+
+    prompts: int = Field(default=32, ge=1, description="Prompts of each subject")
+    ordinary: int = Field(default=64, ge=1, description="Prompts without a subject, on which nothing should change")
+    ordinary_weight: float = Field(default=1.0, ge=0, description="How much those count against one subject's")
+    steps: int = Field(default=4, ge=1, description="Steps drawn, each with other inputs")
+    ridge: float = Field(default=1e-3, gt=0, description="Against directions nobody reads, times the mean square read")
+
+
 class MixConfig(Config):
     """Adapters of several personalize stages in one model, mixed exactly on the changes of the weights."""
 
@@ -100,7 +111,11 @@ class MixConfig(Config):
         default={}, description="By adapter: factors of its weight in parts of the network, such as blocks.0: 0.5"
     )
     method: MixMethod = Field(
-        default="sum", description="sum: exact; svd: best of a rank; ties: by elected sign; dare: random entries"
+        default="sum",
+        description="sum: exact; svd: best of a rank; ties: by elected sign; dare: random entries; fused: fitted to inputs",
+    )
+    fusion: FusionConfig | None = Field(
+        default=None, description="What fused draws; null: its defaults", json_schema_extra=IF_SET
     )
     rank: int | None = Field(default=None, ge=1, description="Rank of svd")
     density: float = Field(default=0.5, gt=0, le=1, description="Share of entries that ties and dare keep")
@@ -112,6 +127,8 @@ class MixConfig(Config):
             raise ValueError(
                 f"mix {self.name!r}: method={self.method} with rank={self.rank}; svd, and only svd, has one"
             )
+        if self.fusion is not None and self.method != "fused":
+            raise ValueError(f"mix {self.name!r}: method={self.method} with fusion; fused, and only fused, has it")
         if unknown := sorted(set(self.blocks) - set(self.adapters)):
             raise ValueError(f"mix {self.name!r}: blocks name {unknown}, but its adapters are {sorted(self.adapters)}")
         return self

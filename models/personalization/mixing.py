@@ -3,7 +3,7 @@
 The sum of k adapters is sum_i w_i dW_i. Adding their A and B instead, as some loaders do, makes cross terms B_1 A_2
 that belong to nobody. `svd` keeps the best rank-r part of the sum (Eckart and Young 1936); `ties` trims, elects a sign
 and averages those that agree (Yadav et al. 2023, arXiv:2306.01708, algorithm 1; trimmed per layer); `dare` drops
-entries at random and rescales the rest (Yu et al. 2023, arXiv:2311.03099). Each tells how far it is from the sum.
+entries at random and rescales the rest (Yu et al. 2023, arXiv:2311.03099); `fused` fits each layer to its inputs (fusion.py). Each tells how far it is from the sum.
 An adapter of weight 0 counts as absent. Left out: learned mixing weights.
 
 K: adapters; I, O: a layer's inputs and outputs.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -57,8 +57,12 @@ def mix(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
+    fit: Callable[[str, Mapping[str, Tensor]], Tensor] | None = None,
 ) -> Mix:
-    """Mix the changes of all parts; `base` are the stock weights, `density` is the share `ties` and `dare` keep."""
+    """Mix the changes of all parts; `base` are the stock weights, `density` is the share `ties` and `dare` keep.
+
+    `fit` makes one layer's change from each adapter's for `fused` (fusion.py).
+    """
     check(parts, density)
     total, mixed = Changes(), Changes()
     for layer, changes in weighted_changes(parts, base).items():
@@ -74,6 +78,10 @@ def mix(
                 mixed[layer] = ties(stack, density)
             case "dare":
                 mixed[layer] = added(dare(changes, layer, density, seed))
+            case "fused":
+                if fit is None:
+                    raise ValueError("method fused needs the inputs of the layers; give fit")
+                mixed[layer] = fit(layer, changes)
             case _:
                 assert_never(method)
     errors = {layer: distance([mixed[layer]], [total[layer]]) for layer in total}

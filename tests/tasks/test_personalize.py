@@ -22,7 +22,7 @@ from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.config import PrxConfig
 from models.personalization import lora_files, lora_import
-from models.personalization.config import DreamBoothConfig, MixConfig
+from models.personalization.config import DreamBoothConfig, FusionConfig, MixConfig
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import load_generator
 from tasks.mix import mix
@@ -225,6 +225,19 @@ def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(places) -> None:
     ties = context(places, "ties", **{**inputs, **outs})
     assert mix(MixConfig(adapters={"one": 1.0, "two": 0.5}, method="ties"), ties)["error"] > 0.05
     assert not (ties.out / "adapter").exists()
+
+    fitted = context(places, "fitted", init=places["init"], data=places["data"], one=outs["one"])
+    settings = FusionConfig(prompts=8, ordinary=8, ordinary_weight=0, steps=2, ridge=1e-6)
+    mix(MixConfig(adapters={"one": 1.0}, method="fused", fusion=settings), fitted)
+
+    def drawn(folder: Path) -> np.ndarray:
+        return load_generator(folder).draw([f"a {facts['triggers']['one']} toy"] * 4, range(4))
+
+    alone, start = drawn(outs["one"]), drawn(places["init"])
+    assert (
+        np.abs(drawn(fitted.out) - alone).mean() < 0.05 * np.abs(start - alone).mean()
+    )  # on its inputs it is the adapter
+    assert not (fitted.out / "adapter").exists()
 
 
 def test_an_adapter_of_another_base_is_not_mixed(places) -> None:
