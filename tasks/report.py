@@ -1,4 +1,4 @@
-"""Stage `report`: one self-contained, inert HTML page about a whole run, and the same numbers as summary.json."""
+"""Stage `report`: one self-contained, inert HTML page about a whole run, its numbers as summary.json, headline.png."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jinja2
 from infra.errors import ConfigError
 from infra.stages import StageContext
 from tasks.config import ReportConfig
+from tasks.headline import headline
 from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
 from tasks.report_tables import (
     comparison_rows,
@@ -30,7 +31,7 @@ LARGEST_GRID = 400_000  # bytes of a training grid that is still shown
 
 
 def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
-    """Write report.html and summary.json from the scores and the artifacts of every stage."""
+    """Write report.html, summary.json and headline.png from the scores and the artifacts of every stage."""
     scores = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
     trained = [role for role, folder in ctx.inputs.items() if (folder / "sampling.json").exists()]
     stages = [stage for stage in trained if stage in scores["scores"]]
@@ -49,6 +50,8 @@ def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
         "gates": scores.get("gates", []), "funnel": funnel, "truth": truth,
     }  # fmt: skip
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    steps = {role: json.loads((ctx.inputs[role] / "sampling.json").read_text()).get("steps", 0) for role in trained}
+    headline(ctx.inputs["scores"], ctx.parents, steps, ctx.out / "headline.png")
     return {"megabytes": round(size, 2), "checkpoints": len(trained), "truth": truth}
 
 
