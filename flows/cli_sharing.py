@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,3 +30,16 @@ def publish(what: Annotated[str, typer.Argument(help="Checkpoint or adapter: a s
     say(f"published {found['stage']} {found['digest'][:12]} to {found['target']}")
     for reason in found["missed"]:
         say(f"missed gate: {reason}")
+
+
+@app.command()
+def compare(first: Annotated[str, typer.Argument(help="Name of a run, or latest")], second: Annotated[str, typer.Argument(help="Name of another run")], out: Annotated[Path, typer.Option("--out", "-o", help="The page to write")] = Path("compare.html"), root: RunRoot = "runs", second_root: Annotated[str | None, typer.Option(help="Where the second run is kept [default: --root]")] = None, debug: Debug = False) -> None:  # fmt: skip
+    """Put two runs on one page: settings that differ, scores, pictures, curves, data."""
+    from infra.storage import open_store
+    from tasks.report_compare import Side, compare_page
+
+    stores = [open_store(place, create=False) for place in (root, second_root or root)]
+    page = compare_page(*(Side.of(store, run) for store, run in zip(stores, (first, second), strict=True)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    say(str(out))

@@ -63,11 +63,7 @@ def render(
     columns, table = score_rows(scores, stages)
     layouts, by_layout = layout_rows(scores, stages)
     lineage = lineage_rows(ctx.parents)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    text: str = environment.get_template("report.html").render(
+    text: str = template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
         by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
@@ -77,6 +73,15 @@ def render(
         seconds=sum(row["seconds"] for row in lineage), versions=versions(), provenance=provenance(ctx),
     )  # fmt: skip
     return text
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of ours; whatever it is given is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def planted_truth(ctx: StageContext) -> dict[str, Any]:
