@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
 
 from infra.artifacts import Artifact, file_entry, files_under
 from infra.errors import ConfigError, GateFailed
@@ -118,7 +118,7 @@ def stage(store: Store, graph: Graph, artifact: Artifact, steps: int | None, fol
     usage, note, scheduler = _files(checkpoint, folder, artifact, steps, source, adapter, base, found.prompts)
     lineage = record_of(store, graph, artifact)
     funnel, curated = curation(graph, artifact)
-    if run:
+    if run.get("config"):
         preset = {name: value for name, value in run["config"].items() if name != "run"}
         (folder / "config.yaml").write_text(yaml.safe_dump(shareable(preset), sort_keys=True))
     if found.examples is not None:
@@ -127,7 +127,7 @@ def stage(store: Store, graph: Graph, artifact: Artifact, steps: int | None, fol
         title=folder.name, usage=usage, note=note, sampling=card, steps=steps, scheduler=scheduler, adapter=adapter, base=base,
         licence=wish.licence or licence_of(lineage["licences"]), trained=training(graph, artifact), funnel=funnel,
         packaged_text_encoder=not adapter and not (checkpoint / "text_encoder").is_dir(), lineage=lineage,
-        curation=shareable(curated), judged=found, preset=bool(run), seed=run.get("config", {}).get("seed"),
+        curation=shareable(curated), judged=found, preset=bool(run.get("config")), seed=run.get("config", {}).get("seed"),
         provenance=artifact.facts.get("provenance", {}),
     )  # fmt: skip
     (folder / "README.md").write_text(render(facts), encoding="utf-8")
@@ -144,7 +144,8 @@ def stage(store: Store, graph: Graph, artifact: Artifact, steps: int | None, fol
 def _pass(artifact: Artifact, found: Judged, run: dict[str, Any], anyway: bool) -> None:
     missed = list(found.missed)
     evaluation = next((entry for entry in run.get("stages", []) if entry["name"] == "evaluate"), None)
-    if not found.verdicts and evaluation is not None and evaluation["status"] == "failed":
+    unjudged = not found.verdicts and not found.scores
+    if unjudged and evaluation is not None and evaluation["status"] == "failed":
         missed.append(f"the evaluation of run {run['run']} failed: {run.get('error')}")
     if missed and not anyway:
         raise GateFailed(

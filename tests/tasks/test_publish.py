@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -179,6 +180,19 @@ def test_a_missed_gate_is_refused_unless_wanted_anyway(store: Store, tmp_path: P
     found = publish(store, "student-bad", str(tmp_path / "bad"), Wish(anyway=True))
     assert found["missed"] == ["prompt_accuracy: 0.1 is below 0.5"]
     assert "**Missed gate**: prompt_accuracy: 0.1 is below 0.5" in (tmp_path / "bad" / "README.md").read_text()
+
+
+def test_a_run_whose_evaluation_failed_publishes_nothing(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / "evaluate")
+    other = open_store(tmp_path / "root")
+    record = other.read_run("toy")
+    record["stages"][-1] |= {"status": "failed", "digest": None}
+    other.write_run("toy", record | {"error": "sft is collapsed"})
+    with pytest.raises(GateFailed, match="the evaluation of run toy failed: sft is collapsed"):
+        publish(other, "dreambooth-toy", str(tmp_path / "toy"), Wish(base="me/base"))
+    publish(other, "dreambooth-toy", str(tmp_path / "toy"), Wish(base="me/base", anyway=True))
+    assert "was not evaluated at this number of steps" in (tmp_path / "toy" / "README.md").read_text()
 
 
 def test_only_an_earlier_publication_is_replaced(store: Store, tmp_path: Path) -> None:
