@@ -142,7 +142,7 @@ def _trained(graph: Graph, artifact: Artifact) -> Trained:
     return Trained(
         stage=artifact.stage, start=start, steps=train.get("steps"), batch_size=train.get("batch_size"),
         technique=f"distillation: {method}" if method else TECHNIQUES.get(facts.get("function", ""), "training"),
-        rates=", ".join(rates), samples=facts.get("samples"), seconds=float(facts.get("seconds", 0)), config=config,
+        rates=", ".join(rates), samples=facts.get("samples"), seconds=float(facts.get("seconds", 0)), config=shareable(config),
     )  # fmt: skip
 
 

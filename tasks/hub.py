@@ -15,14 +15,19 @@ OURS = "lineage.json"
 MADE_BY_THE_HUB = {".gitattributes"}
 
 
-def push(folder: Path, repo_id: str, message: str, private: bool = True) -> str:
-    """One commit with exactly the folder's files; returns the address of the repository."""
+def ready(repo_id: str) -> str:
+    """The token; refuses at once what could not be sent."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise ConfigError(f"HF_TOKEN is not set; hf://{repo_id} needs a token of yours that may write")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"HF_HUB_OFFLINE is set, so nothing can be sent to hf://{repo_id}; unset it or give a folder")
-    api = HfApi(token=token, library_name="t2i-lifecycle", library_version=version_of("t2i-lifecycle"))
+    return token
+
+
+def push(folder: Path, repo_id: str, message: str, private: bool = True) -> str:
+    """One commit with exactly the folder's files; returns the address of the repository."""
+    api = HfApi(token=ready(repo_id), library_name="t2i-lifecycle", library_version=version_of("t2i-lifecycle"))
     try:
         made = api.create_repo(repo_id, private=private, exist_ok=True)
         there = set(api.list_repo_files(repo_id)) - MADE_BY_THE_HUB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from infra.lineage import Graph
 from infra.storage import Store
 from tasks.card_facts import Judged, curation, judged, record_of, shareable, training
 from tasks.cards import CardFacts, licence_of, render
+from tasks.hub import push, ready
 from tasks.lineage import target as named
+from tasks.publish_place import LINEAGE, MAKER, earlier_files, move_in
 
-LINEAGE = "lineage.json"
-MAKER = "t2i-lifecycle"  # stands in lineage.json of what `publish` wrote, and of nothing else
 HUB = "hf://"
 
 
@@ -47,6 +46,8 @@ def publish(store: Store, what: str, target: str, wish: Wish) -> dict[str, Any]:
     repo_id = _repo_id(target.removeprefix(HUB)) if target.startswith(HUB) else None
     if repo_id is None and "://" in target:
         raise ConfigError(f"target {target!r} is neither a folder nor {HUB}OWNER/NAME; give one of them")
+    if repo_id is not None:
+        ready(repo_id)
     place = Path(target).expanduser()
     earlier = set[str]() if repo_id else earlier_files(place)
     beside = None if repo_id else place.absolute().parent  # so that a new folder appears whole
@@ -58,8 +59,6 @@ def publish(store: Store, what: str, target: str, wish: Wish) -> dict[str, Any]:
         if repo_id is None:
             where = move_in(staged, place, earlier)
         else:
-            from tasks.hub import push
-
             where = push(staged, repo_id, f"{artifact.stage} {artifact.digest[:12]}", private=not wish.public)
     return {"target": where, "stage": artifact.stage, "digest": artifact.digest, "steps": steps, "missed": missed}
 
@@ -112,10 +111,10 @@ def stage(store: Store, graph: Graph, artifact: Artifact, steps: int | None, fol
     found = judged(store, graph, artifact, steps, card.steps)
     _pass(artifact, found, run, wish.anyway)
     adapter = (checkpoint / "adapter").is_dir() and not wish.merged
-    base = wish.base or (card.origin or {}).get("source", "").split("@")[0] or None
-    if base is not None and (wish.base or adapter):
-        _repo_id(base)
+    base = _base_of(card.origin) if wish.base is None else _repo_id(wish.base)
     usage, note, scheduler = _files(checkpoint, folder, artifact, steps, source, adapter, base, found.prompts)
+    told = json.loads((folder / "sampling.json").read_text())
+    (folder / "sampling.json").write_text(json.dumps(shareable(told), indent=2))
     lineage = record_of(store, graph, artifact)
     funnel, curated = curation(graph, artifact)
     if run.get("config"):
@@ -188,48 +187,19 @@ def _prompt_of(artifact: Artifact, trigger: str | None, prompts: Sequence[str]) 
     return next((prompt for prompt in prompts if trigger in prompt.split()), plainest)
 
 
-def earlier_files(place: Path) -> set[str]:
-    """Files of an earlier publication that may be replaced; anything else that is not empty is refused."""
-    if not place.exists():
-        return set()
-    if place.is_dir() and not any(place.iterdir()):
-        return set()
-    try:
-        about = json.loads((place / LINEAGE).read_text())
-    except (OSError, ValueError):
-        about = {}
-    if about.get("published_by") != MAKER:
-        raise ConfigError(f"{place} is not empty and was not written by `t2i publish`; give a new or empty folder")
-    return {LINEAGE, *(path for path, _, _ in about["files"])}
-
-
-def move_in(staged: Path, place: Path, earlier: set[str]) -> str:
-    """Put the staged files into place, lineage.json last; other files there stay, none is written over."""
-    if not place.exists():
-        staged.rename(place)
-        return str(place)
-    new = sorted(
-        (path.relative_to(staged).as_posix() for path in files_under(staged)), key=lambda name: (name == LINEAGE, name)
-    )
-    taken = [name for name in new if name not in earlier and (place / name).exists()]
-    if taken:
-        raise ConfigError(
-            f"{place / taken[0]} is not from an earlier publication and would be written over; move it away"
-        )
-    for name in sorted(earlier):
-        if name != LINEAGE:
-            (place / name).unlink(missing_ok=True)
-    for name in new:
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(staged / name, place / name)
-    return str(place)
-
-
 def _run_of(store: Store, artifact: Artifact, run: str) -> dict[str, Any]:
     """The record of the run that the artifact belongs to, the named one first; empty where none has it."""
     runs = store.list_runs()
     runs = [*(r for r in runs if r["run"] == run), *runs]
     return next((r for r in runs if any(s.get("digest") == artifact.digest for s in r.get("stages", []))), {})
+
+
+def _base_of(origin: dict[str, Any] | None) -> str | None:
+    """The Hub's model that a taken-over pipeline came from; a folder of this machine is none."""
+    try:
+        return None if origin is None else _repo_id(str(origin.get("source", "")).split("@")[0])
+    except ConfigError:
+        return None
 
 
 def _repo_id(text: str) -> str:

@@ -15,9 +15,11 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from typer.testing import CliRunner
 
 from data_curation.encode import INDEX_SCHEMA
 from data_curation.manifest import write_manifest, write_table
+from flows.cli import app
 from infra.artifacts import Artifact
 from infra.errors import ConfigError, GateFailed
 from infra.lineage import Graph
@@ -35,6 +37,7 @@ from tasks.publish import Wish, publish
 EVIL = "CC BY 4.0 <script>alert(1)</script> | ![x](http://evil.invalid)"
 SCORE = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 20}
 TRAIN = {"steps": 7, "batch_size": 2, "optimizer": {"muon_lr": None, "adamw_lr": 0.001}}
+FOREIGN = {"source": "/home/someone/sd3", "class": "StableDiffusion3Pipeline"}
 PROMPTS = ["a big apple on a blue background", "a zwx toy on a white background"]
 STRANGER = """
 import re, sys
@@ -97,8 +100,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             if "lora_B" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     save_adapter(denoiser, root / "dreambooth-toy" / "adapter", {"base": base.digest, "trigger": "zwx"})
-    write_checkpoint(root / "dreambooth-toy", merge(denoiser), SamplingCard(steps=2, trigger="zwx"))
-    toy = make("dreambooth-toy", "checkpoint", "dreambooth", {"init": base}, {"train": TRAIN, "class_word": "toy"})
+    write_checkpoint(root / "dreambooth-toy", merge(denoiser), SamplingCard(steps=2, trigger="zwx", origin=FOREIGN))
+    toy = make(
+        "dreambooth-toy",
+        "checkpoint",
+        "dreambooth",
+        {"init": base},
+        {"train": TRAIN, "class_word": "toy", "folder": "/home/someone/rex"},
+    )
 
     own = {"prompt_accuracy": SCORE, "kernel_distance": SCORE}
     gates = [{"stage": "student-bad", "metric": "prompt_accuracy", "passed": False, "reason": "0.1 is below 0.5"}]
@@ -209,6 +218,12 @@ def test_only_an_earlier_publication_is_replaced(store: Store, tmp_path: Path) -
     (place / "README.md").write_text("changed")
     assert publish(store, str(place), str(place), wish) == first
     assert {path.name: path.read_bytes() for path in place.iterdir()} == {**whole, "mine.txt": b"mine"}
+    outside = {"published_by": "t2i-lifecycle", "files": [["../keep.txt", 1, ""]]}
+    (tmp_path / "keep.txt").write_text("keep")
+    (place / "lineage.json").write_text(json.dumps(outside))
+    with pytest.raises(ConfigError, match=r"names \.\./keep\.txt, which is not in that folder"):
+        publish(store, "dreambooth-toy", str(place), wish)
+    assert (tmp_path / "keep.txt").exists()
     (place / "README.md").unlink()
     (place / "lineage.json").write_text(json.dumps({"published_by": "t2i-lifecycle", "files": []}))
     with pytest.raises(ConfigError, match="would be written over"):
@@ -229,6 +244,18 @@ def test_only_an_earlier_publication_is_replaced(store: Store, tmp_path: Path) -
 def test_what_cannot_be_published_is_said(store: Store, tmp_path: Path, what: str, where: str, wish: Wish, message: str) -> None:  # fmt: skip
     with pytest.raises(ConfigError, match=re.escape(message)):
         publish(store, what, where if "://" in where else str(tmp_path / where), wish)
+
+
+def test_the_command_says_what_it_published(store: Store, tmp_path: Path) -> None:
+    place = str(tmp_path / "toy")
+    arguments = ["dreambooth-toy", place, "--base", "me/base", "--root", str(store.root), "--json", "--licence", "mit"]
+    done = CliRunner().invoke(app, ["publish", *arguments])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "target": place, "stage": "dreambooth-toy", "steps": 2, "missed": [],
+        "digest": json.loads((tmp_path / "toy" / "lineage.json").read_text())["digest"],
+    }  # fmt: skip
+    assert card_of(tmp_path / "toy").data.license == "mit"
 
 
 def test_licences_of_many_kinds_are_other_and_configurations_lose_what_is_private() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from flows.cli import app
 from infra.storage import Store, open_store
 from tasks.report_compare import Side, compare_page, config_changes, difference
 
@@ -92,6 +94,14 @@ def test_a_run_beside_itself_differs_in_nothing(sides: tuple[Side, Side]) -> Non
     page = compare_page(sides[0], sides[0])
     assert "both runs were configured alike" in page
     assert "differs" not in page and "better</strong>" not in page and "worse</strong>" not in page
+
+
+def test_the_command_writes_the_page(sides: tuple[Side, Side], tmp_path: Path) -> None:
+    out, roots = tmp_path / "pages" / "two.html", [str(side.store.root) for side in sides]
+    arguments = ["first", "latest", "--root", roots[0], "--second-root", roots[1], "-o", str(out)]
+    done = CliRunner().invoke(app, ["compare", *arguments])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(out))
+    assert out.read_text() == compare_page(*sides)
 
 
 def test_settings_go_by_name_and_what_one_run_lacks_is_empty() -> None:
