@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_answers, cli_operations
+from flows import cli_answers, cli_operations, cli_sharing
 from flows.cli_parts import Debug, Force, Json, Preset, Root, RunName, RunRoot, Set, read_config, say
 from infra.errors import ConfigError, LifecycleError
 from infra.logging import setup_logging
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_answers.app)
 app.add_typer(cli_operations.app)
+app.add_typer(cli_sharing.app)
 
 
 class Stopped(BaseException):

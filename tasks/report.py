@@ -1,4 +1,4 @@
-"""Stage `report`: one self-contained, inert HTML page about a whole run, and the same numbers as summary.json."""
+"""Stage `report`: one self-contained, inert HTML page about a whole run, its numbers as summary.json, headline.png."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jinja2
 from infra.errors import ConfigError
 from infra.stages import StageContext
 from tasks.config import ReportConfig
+from tasks.headline import headline
 from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
 from tasks.report_tables import (
     comparison_rows,
@@ -31,7 +32,7 @@ LARGEST_GRID = 400_000  # bytes of a training grid that is still shown
 
 
 def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
-    """Write report.html and summary.json from the scores and the artifacts of every stage."""
+    """Write report.html, summary.json and headline.png from the scores and the artifacts of every stage."""
     scores = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
     trained = [role for role, folder in ctx.inputs.items() if (folder / "sampling.json").exists()]
     stages = [stage for stage in trained if stage in scores["scores"]]
@@ -50,6 +51,8 @@ def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
         "gates": scores.get("gates", []), "funnel": funnel, "truth": truth,
     }  # fmt: skip
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    steps = {role: json.loads((ctx.inputs[role] / "sampling.json").read_text()).get("steps", 0) for role in trained}
+    headline(ctx.inputs["scores"], ctx.parents, steps, ctx.out / "headline.png")
     return {"megabytes": round(size, 2), "checkpoints": len(trained), "truth": truth}
 
 
@@ -61,11 +64,7 @@ def render(
     columns, table = score_rows(scores, stages)
     layouts, by_layout = layout_rows(scores, stages)
     lineage = lineage_rows(ctx.parents)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    text: str = environment.get_template("report.html").render(
+    text: str = template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
         by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx), distribution=distribution_table(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
@@ -75,6 +74,15 @@ def render(
         seconds=sum(row["seconds"] for row in lineage), versions=versions(), provenance=provenance(ctx),
     )  # fmt: skip
     return text
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of ours; whatever it is given is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def planted_truth(ctx: StageContext) -> dict[str, Any]:

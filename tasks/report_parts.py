@@ -59,19 +59,24 @@ def load_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
-def curve(name: str, rows: list[dict[str, float]], metric: str = "loss") -> Curve | None:
-    """The curve of one metric; None when it has no positive value."""
-    values = [(row["step"], row[metric]) for row in rows if row.get(metric, 0) > 0]
+def curve(
+    name: str, rows: list[dict[str, float]], metric: str = "loss", beside: list[dict[str, float]] | None = None
+) -> Curve | None:
+    """The curve of one metric, on axes that also hold the rows `beside` it; None when it has no positive value."""
+    values, others = _positive(rows, metric), _positive(beside or [], metric)
     if not values:
         return None
-    logs = [math.log(value) for _, value in values]
-    low, high, end = min(logs), max(logs), values[-1][0]
+    logs = [math.log(value) for _, value in (*values, *others)]
+    low, high, end = min(logs), max(logs), max(step for step, _ in (*values, *others))
     spread = (high - low) or 1.0
     points = " ".join(
-        f"{WIDTH * step / end:.1f},{HEIGHT * (1 - (log - low) / spread):.1f}"
-        for (step, _), log in zip(values, logs, strict=True)
+        f"{WIDTH * step / end:.1f},{HEIGHT * (1 - (math.log(value) - low) / spread):.1f}" for step, value in values
     )
     return Curve(name, points, values[0][1], values[-1][1], math.exp(low), math.exp(high), int(end))
+
+
+def _positive(rows: list[dict[str, float]], metric: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[metric]) for row in rows if row.get(metric, 0) > 0]
 
 
 def data_uri(data: bytes) -> str:

@@ -25,7 +25,7 @@ pipeline_tag: text-to-image
 # {title}
 
 ```python
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("this folder"{missing})
 {seeding}image = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}{arguments}).images[0]
@@ -173,15 +173,16 @@ def model_card(title: str, card: SamplingCard, steps: int, missing: str = "", ti
         )
     if card.family == "unet":
         return UNET.format(title=title, times=list(times), side=card.side)
-    seeding = ""
+    seeding = imports = ""
     if card.sampler == "renoise" and steps > 1:
+        imports = "import torch\n"
         seeding = "torch.manual_seed(0)  # diffusers 0.42.1 hands `generator` to the first noise only\n"
         note += " Fresh noise enters between steps: seed with `torch.manual_seed`, not with `generator`."
     if card.trigger:
         note += f" The subject's token is `{card.trigger}`."
     return USAGE.format(
         title=title, prompt="a big apple on a blue background", steps=steps, guidance=card.guidance, side=card.side,
-        note=note, seeding=seeding, arguments=call_arguments(card), missing=missing,
+        note=note, imports=imports, seeding=seeding, arguments=call_arguments(card), missing=missing,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from infra.artifacts import Artifact
 from infra.errors import ConfigError
 from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from tasks.config import ReportConfig
+from tasks.headline import columns_of, headline
 from tasks.report import report
 from tasks.report_parts import curve
 from tasks.report_tables import cell, comparison_rows, funnel_rows, guard_rows
@@ -135,6 +136,27 @@ def test_own_data_gets_no_credit_line_and_too_large_a_page_is_refused(context: S
     assert "OpenMoji" not in (context.out / "report.html").read_text()
     with pytest.raises(ConfigError, match="max_megabytes"):
         report(ReportConfig(max_megabytes=0.001), context)
+
+
+def test_headline_has_a_column_per_kind_of_stage_and_a_row_per_prompt(context: StageContext, tmp_path: Path) -> None:
+    stages = ["base", "more", "sft", "dpo", "robot", "four", "worse", "one"]
+    functions = ["flow_matching"] * 3 + ["dpo", "dreambooth", "distill", "distill", "distill"]
+    parents = {stage: Artifact(kind="checkpoint", uri="x", digest=stage, stage=stage, facts={"function": function})
+               for stage, function in zip(stages, functions, strict=True)}  # fmt: skip
+    steps = {"four": 4, "worse": 1, "one": 1}
+    chosen = columns_of([*stages, "real"], parents, steps, {"worse": 0.2, "one": 0.9})
+    assert [column.stage for column in chosen] == ["real", "base", "sft", "dpo", "four", "one"]
+    assert [column.title for column in chosen[-2:]] == ["4 steps", "1 step"]
+    made = Artifact(kind="checkpoint", uri="x", digest="p", stage="pretrain", facts={"function": "flow_matching"})
+    scores = Artifact(kind="scores", uri="x", digest="s", stage="evaluate", facts={"config": {}})
+    report(ReportConfig(), replace(context, parents={**context.parents, "pretrain": made, "scores": scores}))
+    with Image.open(context.out / "headline.png") as picture:
+        drawn = np.asarray(picture.convert("RGB"))
+    for colour in ((200, 200, 200), (0x16, 0x6B, 0x2E), (0xB3, 0x26, 0x1E)):  # the pictures, right, not right
+        assert (drawn == colour).all(2).any(), colour
+    subject = scores.model_copy(update={"facts": {"config": {"subjects": [{"phrase": EVIL}]}}})
+    assert not headline(context.inputs["scores"], {"pretrain": made, "scores": subject}, {}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_curve_spans_the_box_and_needs_positive_values() -> None:
