@@ -51,7 +51,16 @@ def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[st
         raise DataRefused(f"source {config.path} has no pictures or URLs: the list is empty; give one with a URL a row")
     new = [row for row in rows if row["url"] not in seen]
     write_table(new, SOURCE_SCHEMA, ctx.out / "urls.parquet")
-    return {"received": len(new)} | ({"seen_before": len(rows) - len(new)} if seen else {})
+    repeated = len(rows) - len({row["url"] for row in rows})
+    if repeated:
+        log.warning(
+            "source %s repeats %d URLs; each is a row, and a copy is dropped by its bytes", config.path, repeated
+        )
+    return (
+        {"received": len(new)}
+        | ({"seen_before": len(rows) - len(new)} if seen else {})
+        | ({"repeated_urls": repeated} if repeated else {})
+    )
 
 
 # --- lists ---
