@@ -34,6 +34,13 @@ def fingerprint(path: str) -> str | None:
     return local_files.fingerprint(Path(path))
 
 
+def with_fingerprint(data: Any) -> Any:
+    """Settings of a `model` that may be a folder, with that folder's digest."""
+    if not isinstance(data, dict) or not isinstance(data.get("model"), str) or data.get("fingerprint"):
+        return data
+    return data | {"fingerprint": local_files.fingerprint(Path(data["model"]))}
+
+
 class OwnData(Config):
     """Data at a path; its fingerprint is part of the stage key, so changed data is read again."""
 
@@ -196,6 +203,39 @@ class SafetyConfig(Config):
     max_nsfw: float = Field(default=0.8, ge=0, le=1, description="Greatest probability of nudity (reason unsafe).")
 
 
+class PackagedEmbedder(Config):
+    """EfficientNet-Lite0 (ImageNet), which ships with its weights; nothing is downloaded."""
+
+    kind: Literal["packaged"] = Field(default="packaged", description="The packaged image encoder.")
+    side: int = Field(default=160, ge=64, le=512, multiple_of=32, description="Pictures are resized to this, px.")
+
+
+class HubEmbedder(Config):
+    """A vision model of transformers: CLIP, SigLIP, DINOv2, or an SSCD converted to that form."""
+
+    kind: Literal["transformers"] = Field(default="transformers", description="A model read by transformers.")
+    model: str = Field(min_length=1, description="Folder, or hub id OWNER/NAME.")
+    revision: str | None = Field(default=None, description="Commit of the hub; a folder is known by its weights.")
+    fingerprint: str | None = Field(default=None, description="Digest of the folder; None: taken when this is read.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_fingerprint(cls, data: Any) -> Any:
+        return with_fingerprint(data)
+
+
+Embedding = Annotated[PackagedEmbedder | HubEmbedder, Field(discriminator="kind")]
+
+
+class SemanticConfig(Config):
+    """Drop pictures that mean the same as a better one: their embeddings point the same way."""
+
+    embedder: Embedding = Field(default=PackagedEmbedder(), description="What turns a picture into a vector.")
+    min_cosine: float = Field(
+        default=0.95, ge=0, le=1, description="Cosine from which two pictures are the same (reason semantic_duplicate)."
+    )
+
+
 class ResolutionConfig(Config):
     """One training resolution: buckets of about side x side pixels."""
 
@@ -238,6 +278,7 @@ class DataConfig(Config):
     redecide: RedecideConfig | None = Field(
         default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
     )
+    semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")

@@ -32,6 +32,9 @@ MANIFEST_SCHEMA = pa.schema([
     ("bucket_w", pa.int32()), ("bucket_h", pa.int32()), ("buckets", pa.list_(pa.string())),
     ("crop_share", pa.float32()), ("split", pa.string()),
 ])  # fmt: skip
+OPTIONAL_SCHEMA = pa.schema([  # of stages that are off unless a preset asks for them; columns only where they ran
+    ("semantic_score", pa.float32()), ("semantic_model", pa.string()), ("semantic_threshold", pa.float32()),
+])  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -45,8 +48,10 @@ def write_table(rows: Sequence[Row], schema: pa.Schema, path: Path) -> None:
 
 
 def write_manifest(rows: Sequence[Row], folder: Path) -> None:
-    """Write manifest.parquet, rows sorted by row_id."""
-    write_table(sorted(rows, key=lambda row: str(row["row_id"])), MANIFEST_SCHEMA, folder / MANIFEST)
+    """Write manifest.parquet, rows sorted by row_id; optional columns if any row has them."""
+    there = set[str]().union(*rows)
+    schema = pa.schema([*MANIFEST_SCHEMA, *(field for field in OPTIONAL_SCHEMA if field.name in there)])
+    write_table(sorted(rows, key=lambda row: str(row["row_id"])), schema, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> list[Row]:

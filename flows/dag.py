@@ -69,6 +69,9 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     if data.redecide is not None:
         more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
         last = "redecide"
+    if data.semantic is not None:
+        more.append(spec_of("semantic", "semantic_dedup", data.semantic, rows=last, images="download"))
+        last = "semantic"
     if data.safety is not None:
         more.append(spec_of("safety", "filter_safety", data.safety, rows=last, images="download"))
         last = "safety"
