@@ -236,6 +236,32 @@ class SemanticConfig(Config):
     )
 
 
+class PromptList(OwnData):
+    """Evaluation prompts of one's own."""
+
+    path: str = Field(description="Parquet, CSV, TSV, JSONL or text file (one prompt a line).")
+    column: str = Field(default="prompt", min_length=1, description="Column with the prompt.")
+
+
+class EvaluationPictures(OwnData):
+    """Evaluation pictures of one's own."""
+
+    path: str = Field(description="Folder of pictures, tars or Parquet files, or of a manifest with signatures.")
+
+
+class DecontaminateConfig(Config):
+    """Drop rows that a model will be tested on: copies of evaluation pictures, captions that are evaluation prompts."""
+
+    pictures: tuple[EvaluationPictures, ...] = Field(default=(), description="Pictures that must not be learnt.")
+    prompts: tuple[PromptList, ...] = Field(default=(), description="Prompts that must not be learnt.")
+    held_out_scenes: bool = Field(default=False, description="The demo's held-out scenes, in all their wordings.")
+    ngram: int = Field(default=5, ge=1, le=20, description="Words of an n-gram; shorter prompts count whole.")
+    max_overlap: float = Field(
+        default=0.8, gt=0, le=1, description="Share of a prompt's n-grams in a caption from which the row is dropped."
+    )
+    copies: DedupConfig = Field(default=DedupConfig(), description="When two pictures are copies.")
+
+
 class ResolutionConfig(Config):
     """One training resolution: buckets of about side x side pixels."""
 
@@ -277,6 +303,9 @@ class DataConfig(Config):
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
     redecide: RedecideConfig | None = Field(
         default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
+    )
+    decontaminate: DecontaminateConfig | None = Field(
+        default=None, description="Evaluation data; null: not looked for."
     )
     semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")

@@ -69,6 +69,9 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     if data.redecide is not None:
         more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
         last = "redecide"
+    if data.decontaminate is not None:
+        more.append(spec_of("decontaminate", "decontaminate", data.decontaminate, rows=last, images="download"))
+        last = "decontaminate"
     if data.semantic is not None:
         more.append(spec_of("semantic", "semantic_dedup", data.semantic, rows=last, images="download"))
         last = "semantic"
