@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra import local_files
 from infra.config import Config
+from infra.stages import IF_SET
 
 _MACHINE: dict[str, Any] = {"versioned": False}
 
@@ -193,8 +194,35 @@ class QualityConfig(QualityThresholds):
     )
 
 
+class CaptionThresholds(Config):
+    """Bounds of what captions may look like; each has its own reason."""
+
+    min_words: int = Field(default=2, ge=0, description="Fewest words (reason caption_too_short).")
+    max_words: int = Field(default=300, ge=1, description="Most words (reason caption_too_long).")
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description="Languages (en, de, ...) or scripts (cyrillic, ...) taken; none: all (caption_language).",
+    )
+    max_filler: float = Field(
+        default=0.6, ge=0, le=1, description="Greatest share of words such as image, photo, untitled (caption_filler)."
+    )
+    max_repeated: float = Field(
+        default=0.3, ge=0, le=1, description="Greatest share of pairs of words said before (caption_repetitive)."
+    )
+    max_markup: int = Field(default=0, ge=0, description="Most links, tags, entities, addresses (caption_markup).")
+
+
+class CaptionsConfig(CaptionThresholds):
+    """Drop rows whose short caption breaks a rule."""
+
+
 class RedecideConfig(QualityThresholds):
     """Other thresholds for scores that are stored already; nothing is measured again."""
+
+    captions: CaptionThresholds | None = Field(
+        default=None, description="Other thresholds for stored scores of captions; null: as they were decided.",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
 
 
 class SafetyConfig(Config):
@@ -301,6 +329,7 @@ class DataConfig(Config):
     download: DownloadConfig = Field(default=DownloadConfig(), description="Fetching.")
     dedup: DedupConfig = Field(default=DedupConfig(), description="Copies.")
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
+    captions: CaptionsConfig | None = Field(default=None, description="Caption rules; null: none.")
     redecide: RedecideConfig | None = Field(
         default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
     )

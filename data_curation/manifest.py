@@ -34,6 +34,8 @@ MANIFEST_SCHEMA = pa.schema([
 ])  # fmt: skip
 OPTIONAL_SCHEMA = pa.schema([  # of stages that are off unless a preset asks for them; columns only where they ran
     ("semantic_score", pa.float32()), ("semantic_model", pa.string()), ("semantic_threshold", pa.float32()),
+    ("caption_words", pa.int32()), ("caption_language", pa.string()), ("caption_file_name", pa.int32()),
+    ("caption_filler", pa.float32()), ("caption_repeated", pa.float32()), ("caption_markup", pa.int32()),
     ("eval_overlap", pa.float32()), ("eval_match", pa.string()), ("eval_threshold", pa.float32()),
 ])  # fmt: skip
 

@@ -66,6 +66,9 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
     last, more = "quality", list[StageSpec]()
+    if data.captions is not None:
+        more.append(spec_of("captions", "filter_captions", data.captions, rows=last))
+        last = "captions"
     if data.redecide is not None:
         more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
         last = "redecide"
