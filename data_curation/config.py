@@ -235,7 +235,7 @@ class PackagedEmbedder(Config):
     """EfficientNet-Lite0 (ImageNet), which ships with its weights; nothing is downloaded."""
 
     kind: Literal["packaged"] = Field(default="packaged", description="The packaged image encoder.")
-    side: int = Field(default=160, ge=64, le=512, multiple_of=32, description="Pictures are resized to this, px.")
+    side: int = Field(default=224, ge=64, le=512, multiple_of=32, description="Pictures are resized to this, px.")
 
 
 class HubEmbedder(Config):
@@ -290,6 +290,42 @@ class DecontaminateConfig(Config):
     copies: DedupConfig = Field(default=DedupConfig(), description="When two pictures are copies.")
 
 
+class ComposedCaptions(Config):
+    """Sentences put together from the short caption and the metadata columns; no picture is looked at."""
+
+    kind: Literal["composed"] = Field(default="composed", description="Compose from what the source says.")
+
+
+class VisionLanguageModel(Config):
+    """A model of transformers that turns a picture into text, such as BLIP, Florence-2 or Qwen-VL."""
+
+    kind: Literal["transformers"] = Field(default="transformers", description="A model read by transformers.")
+    model: str = Field(min_length=1, description="Folder, or hub id OWNER/NAME.")
+    revision: str | None = Field(default=None, description="Commit of the hub; a folder is known by its weights.")
+    fingerprint: str | None = Field(default=None, description="Digest of the folder; None: taken when this is read.")
+    prompt: str = Field(default="", description="What the model is asked; a chat template is used where it has one.")
+    max_new_tokens: int = Field(default=128, ge=1, le=2048, description="Longest caption in tokens.")
+    batch_size: int = Field(
+        default=8, ge=1, le=1024, description="Pictures at once.", json_schema_extra=_MACHINE
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_fingerprint(cls, data: Any) -> Any:
+        return with_fingerprint(data)
+
+
+class RecaptionConfig(Config):
+    """Write long captions."""
+
+    captioner: Annotated[ComposedCaptions | VisionLanguageModel, Field(discriminator="kind")] = Field(
+        default=ComposedCaptions(), description="Who writes them."
+    )
+    rows: Literal["missing", "all"] = Field(
+        default="missing", description="missing: rows without a long caption that differs from the short one."
+    )
+
+
 class ResolutionConfig(Config):
     """One training resolution: buckets of about side x side pixels."""
 
@@ -338,6 +374,7 @@ class DataConfig(Config):
     )
     semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
+    recaption: RecaptionConfig | None = Field(default=None, description="Long captions; null: those of the source.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
 

@@ -81,6 +81,9 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     if data.safety is not None:
         more.append(spec_of("safety", "filter_safety", data.safety, rows=last, images="download"))
         last = "safety"
+    if data.recaption is not None:
+        more.append(spec_of("recaption", "recaption", data.recaption, rows=last, images="download"))
+        last = "recaption"
     return [
         spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),

@@ -45,6 +45,7 @@ TRAITS: dict[str, Traits] = {
     "semantic_dedup": Traits("manifest", "data_curation.config:SemanticConfig", "data_curation.semantic:semantic_dedup"),
     "decontaminate": Traits("manifest", "data_curation.config:DecontaminateConfig", "data_curation.decontaminate:decontaminate"),
     "filter_captions": Traits("manifest", "data_curation.config:CaptionsConfig", "data_curation.captions:filter_captions"),
+    "recaption": Traits("manifest", "data_curation.config:RecaptionConfig", "data_curation.recaption:recaption"),
     "filter_safety": Traits("manifest", "data_curation.config:SafetyConfig", "data_curation.safety:filter_safety"),
     "redecide": Traits("manifest", "data_curation.config:RedecideConfig", "data_curation.redecide:redecide"),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets", version=2),
