@@ -182,6 +182,23 @@ class QualityThresholds(Config):
     min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
     min_contrast: float = Field(default=1.5, ge=0, description="Least deviation of grey values (reason no_content).")
     max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
+    max_border: float | None = Field(
+        default=None, ge=0, le=1, json_schema_extra=IF_SET,
+        description="Greatest share of a side that a frame takes (reason bordered); null: not measured.",
+    )  # fmt: skip
+    max_clipped: float | None = Field(
+        default=None, ge=0, le=1, json_schema_extra=IF_SET,
+        description="Greatest share of pure black or white pixels (reason badly_exposed); null: not measured.",
+    )  # fmt: skip
+    max_overlay: float | None = Field(
+        default=None, ge=0, json_schema_extra=IF_SET,
+        description="Most strokes of a line of text (reason text_overlay), about 22; null: not measured.",
+    )  # fmt: skip
+
+    @property
+    def measures_more(self) -> bool:
+        """Whether one of the thresholds is set whose scores are not measured otherwise."""
+        return any(limit is not None for limit in (self.max_border, self.max_clipped, self.max_overlay))
 
 
 class QualityConfig(QualityThresholds):

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from infra.stages import StageContext
 
 BATCH = 65_536
-REASONS = ("too_small", "odd_aspect", "blurred", "over_compressed", "no_content", "caption_mismatch")
+REASONS = ("too_small", "odd_aspect", "blurred", "over_compressed", "no_content", "bordered", "badly_exposed",
+           "text_overlay", "caption_mismatch")  # fmt: skip
+FURTHER = ("border", "clipped", "overlay")  # measured only where the quality stage was asked for them
 NEEDED = ("width", "height", "blur", "jpeg_quality", "contrast", "caption_gap", "decision", "reasons")
 
 
@@ -45,10 +47,13 @@ def redecide_file(
     first: dict[str, Counter[str]] = {DROP: Counter(), ERROR: Counter()}
     changed = unscored = 0
     with pq.ParquetFile(source, page_checksum_verification=True) as file:
-        needed = set(NEEDED) | (set() if captions is None else set(CAPTION_COLUMNS))
+        limits = dict(zip(FURTHER, (config.max_border, config.max_clipped, config.max_overlay), strict=True))
+        needed = set(NEEDED) | {name for name, limit in limits.items() if limit is not None}
+        needed |= set() if captions is None else set(CAPTION_COLUMNS)
         if missing := sorted(needed - set(file.schema_arrow.names)):
-            stage = "captions" if needed - set(NEEDED) else "quality"
-            raise DataRefused(f"{source} has no columns {missing}; give the manifest of the {stage} stage")
+            raise DataRefused(
+                f"{source} has no columns {missing}; give the manifest of the quality or captions stage that measured them"
+            )
         with pq.ParquetWriter(target, file.schema_arrow, compression="zstd", write_page_checksum=True) as writer:
             for batch in file.iter_batches(BATCH):
                 decided = decide(batch, config, captions)
@@ -108,13 +113,19 @@ def _only_ours(reasons: pa.ListArray, rules: tuple[str, ...]) -> NDArray[np.bool
 def _failed(batch: pa.RecordBatch, config: QualityThresholds) -> NDArray[np.bool_]:
     """Which rule each row fails, [rows, rules]; a score that is not there fails none."""
 
-    def column(name: str) -> NDArray[np.float64]:
-        return np.asarray(batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False))
+    def column(name: str) -> NDArray[np.float32]:  # as it is stored, so that a limit means what it meant when measured
+        if name not in batch.schema.names:
+            return np.full(len(batch), np.nan, np.float32)
+        return np.asarray(batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False), np.float32)
+
+    def above(name: str, limit: float | None) -> NDArray[np.bool_]:
+        return column(name) > np.float32(np.inf if limit is None else limit)
 
     width, height = column("width"), column("height")
     short, long = np.minimum(width, height), np.maximum(width, height)
     return np.stack([
-        short < config.min_side, long > config.max_aspect * short, column("blur") > config.max_blur,
-        column("jpeg_quality") < config.min_jpeg_quality, column("contrast") < config.min_contrast,
-        column("caption_gap") > config.max_caption_gap,
+        short < config.min_side, long > config.max_aspect * short.astype(np.float64), above("blur", config.max_blur),
+        column("jpeg_quality") < config.min_jpeg_quality, column("contrast") < np.float32(config.min_contrast),
+        above("border", config.max_border), above("clipped", config.max_clipped), above("overlay", config.max_overlay),
+        above("caption_gap", config.max_caption_gap),
     ], axis=1)  # fmt: skip

@@ -102,7 +102,7 @@ def test_redecide_gives_what_the_stage_gives(tmp_path: Path, context: Callable[.
     redecide_file(tmp_path / "strict" / "manifest.parquet", tmp_path / "manifest.parquet", sharp)
     found = {row["row_id"]: row["decision"] for row in read_manifest(tmp_path)}
     assert (found["900"], found["901"], found["902"]) == ("drop", "keep", "drop")
-    with pytest.raises(DataRefused, match=r"has no columns \['caption_.*manifest of the captions stage"):
+    with pytest.raises(DataRefused, match=r"has no columns \['caption_.*manifest of the quality or captions stage"):
         redecide_file(tmp_path / "quality" / "manifest.parquet", tmp_path / "x.parquet", config, config.captions)
 
 
