@@ -10,8 +10,8 @@ from typing import Any, Protocol, assert_never
 
 from PIL import Image
 
-from data_curation.config import ComposedCaptions, VisionLanguageModel
 from data_curation.embedders import revision_of
+from data_curation.filter_config import ComposedCaptions, VisionLanguageModel
 from infra.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.config import CaptionsConfig, CaptionThresholds
+from data_curation.filter_config import CaptionsConfig, CaptionThresholds
 from data_curation.manifest import KEEP, Row, drop, funnel, read_manifest, write_manifest
 
 if TYPE_CHECKING:

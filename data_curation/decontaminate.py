@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data_curation.config import DecontaminateConfig, DedupConfig, EvaluationPictures, PromptList, fingerprint
 from data_curation.decode import inspect, open_picture
 from data_curation.dedup import sketch_shard
+from data_curation.filter_config import DecontaminateConfig, DedupConfig, EvaluationPictures, PromptList
 from data_curation.hashing import phash
 from data_curation.known import SCHEMA, drop_known_bytes, drop_known_copies, hash_name, read_known
 from data_curation.layouts import look
 from data_curation.manifest import KEEP, MANIFEST, Row, drop, funnel, read_manifest, shards, write_manifest
+from data_curation.own_data import fingerprint
 from data_curation.picture_files import samples
 from data_curation.registration import thumbnail
 from data_curation.scenes import all_scenes, long_caption, short_caption

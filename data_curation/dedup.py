@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.config import DedupConfig
 from data_curation.copies import confirmed
 from data_curation.decode import open_picture
+from data_curation.filter_config import DedupConfig
 from data_curation.hamming import near_pairs
 from data_curation.hashing import phash
 from data_curation.known import (

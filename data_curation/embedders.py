@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_curation.config import HubEmbedder, PackagedEmbedder
 from data_curation.encode import packaged_encoder
+from data_curation.filter_config import HubEmbedder, PackagedEmbedder
 from infra.errors import ConfigError
 
 BATCH = 16
@@ -121,6 +121,6 @@ def revision_of(source: str, model: Any, asked: str | None) -> str:
 
 def _unit(parts: list[Floats]) -> Floats:
     vectors = np.concatenate(parts)
-    lengths: Floats = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Floats = vectors / np.maximum(lengths, 1e-12)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit: Floats = (vectors / lengths).astype(np.float32)
     return unit

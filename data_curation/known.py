@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_curation.config import DedupConfig, RememberConfig
 from data_curation.copies import confirmed
+from data_curation.filter_config import DedupConfig, RememberConfig
 from data_curation.hamming import cross_pairs
 from data_curation.hashing import VERSION
 from data_curation.manifest import KEEP, MANIFEST, Row, drop, read_manifest, write_manifest

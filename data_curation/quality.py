@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_curation.agreement import caption_fit, probe_thumbnail
-from data_curation.config import QualityConfig, QualityThresholds
 from data_curation.decode import open_picture
+from data_curation.filter_config import QualityConfig, QualityThresholds
 from data_curation.manifest import KEEP, Row, drop, funnel, pictures, read_manifest, shards, write_manifest
 from data_curation.quality_scores import scores
 

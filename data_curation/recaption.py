@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_curation.captioners import Subject, captioner
-from data_curation.config import RecaptionConfig
 from data_curation.decode import open_picture
+from data_curation.filter_config import RecaptionConfig
 from data_curation.manifest import KEEP, Row, funnel, pictures, read_manifest, shards, write_manifest
 
 if TYPE_CHECKING:

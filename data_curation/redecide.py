@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data_curation.captions import COLUMNS as CAPTION_COLUMNS
 from data_curation.captions import REASONS as CAPTION_REASONS
 from data_curation.captions import failed as caption_failed
-from data_curation.config import CaptionThresholds, QualityThresholds, RedecideConfig
+from data_curation.filter_config import CaptionThresholds, QualityThresholds, RedecideConfig
 from data_curation.manifest import DROP, ERROR, KEEP, MANIFEST
 from infra.errors import DataRefused
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.config import HubEmbedder, PackagedEmbedder, SemanticConfig
 from data_curation.decode import open_picture
 from data_curation.dedup import cover, worth
 from data_curation.embedders import BATCH, embedder
+from data_curation.filter_config import HubEmbedder, PackagedEmbedder, SemanticConfig
 from data_curation.manifest import KEEP, drop, funnel, pictures, read_manifest, shards, write_manifest
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def similar_pairs(
     vectors: NDArray[np.float32], min_cosine: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Every pair i < j of unit vectors [N, D] whose cosine, rounded, is at least `min_cosine`."""
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))]
+    none: tuple[NDArray[Any], ...] = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64)
+    parts = [none]
     for first in range(0, len(vectors), BLOCK):
         for second in range(first, len(vectors), BLOCK):
             product = vectors[first : first + BLOCK] @ vectors[second : second + BLOCK].T
@@ -75,5 +76,5 @@ def similar_pairs(
             i, j = np.nonzero(cosine >= min_cosine)
             later = i + first < j + second
             parts.append((i[later] + first, j[later] + second, cosine[i[later], j[later]]))
-    i, j, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return i, j, cosine
+    columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return columns[0], columns[1], columns[2]

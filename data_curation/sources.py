@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data_curation.config import FolderSource, ListSource, fingerprint
+from data_curation.config import FolderSource, ListSource
 from data_curation.demo_web import row_id
 from data_curation.known import seen_urls
 from data_curation.layouts import look
 from data_curation.local_pictures import BODIES
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
+from data_curation.own_data import fingerprint
 from data_curation.picture_files import Sample, samples
 from data_curation.remote import copy_of
 from data_curation.url_lists import read_list

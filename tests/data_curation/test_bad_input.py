@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_curation.config import DataConfig, DownloadConfig, FolderSource, ListSource, QualityConfig
+from data_curation.config import DataConfig, DownloadConfig, FolderSource, ListSource
 from data_curation.download import download
+from data_curation.filter_config import QualityConfig
 from data_curation.layouts import look
 from data_curation.manifest import read_manifest, write_manifest
 from data_curation.sources import read_source

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_curation.config import DedupConfig, DownloadConfig, FolderSource, QualityConfig
+from data_curation.config import DownloadConfig, FolderSource
 from data_curation.dedup import deduplicate
 from data_curation.download import download
+from data_curation.filter_config import DedupConfig, QualityConfig
 from data_curation.quality import filter_quality
 from data_curation.sources import read_source
 from infra import storage

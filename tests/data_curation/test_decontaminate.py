@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from data_curation.config import DecontaminateConfig, EvaluationPictures, PromptList
 from data_curation.decontaminate import PromptIndex, decontaminate, words_of
+from data_curation.filter_config import DecontaminateConfig, EvaluationPictures, PromptList
 from data_curation.manifest import ROWS_SCHEMA, Row, read_manifest, write_table
 from data_curation.scenes import Scene, all_scenes, draw, long_caption, short_caption
 from infra.errors import ConfigError, DataRefused

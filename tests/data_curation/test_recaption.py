@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_curation.captioners import Subject, captioner, composed
-from data_curation.config import RecaptionConfig, VisionLanguageModel
+from data_curation.filter_config import RecaptionConfig, VisionLanguageModel
 from data_curation.manifest import ROWS_SCHEMA, Row, read_manifest, write_table
 from data_curation.recaption import recaption
 from data_curation.scenes import Scene, draw
@@ -129,6 +129,6 @@ def test_pictures_are_decoded_only_when_asked_for() -> None:
     def never() -> Any:
         raise AssertionError
 
-    from data_curation.config import ComposedCaptions
+    from data_curation.filter_config import ComposedCaptions
 
     assert captioner(ComposedCaptions())([Subject("a", {"title": "b"}, never)]) == ["a. b."]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_curation.config import QualityConfig, RedecideConfig
+from data_curation.filter_config import QualityConfig, RedecideConfig
 from data_curation.manifest import DROP, Row, drop, read_manifest, write_manifest
 from data_curation.quality import technical_reasons
 from data_curation.redecide import redecide_file

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_curation.config import HubEmbedder, PackagedEmbedder, SemanticConfig
 from data_curation.embedders import embedder
+from data_curation.filter_config import HubEmbedder, PackagedEmbedder, SemanticConfig
 from data_curation.manifest import ROWS_SCHEMA, Row, read_manifest, write_table
 from data_curation.scenes import Scene, draw
 from data_curation.semantic import semantic_dedup, similar_pairs
@@ -59,7 +59,7 @@ def test_a_mirrored_copy_goes_for_the_larger_picture(shard: Path, context: Calla
     assert (facts["received"], facts["kept"], facts["dropped"]) == (4, 2, {"semantic_duplicate": 1})
     assert (found["r0"]["reasons"], found["r0"]["keeper_id"]) == (["semantic_duplicate"], "r1")
     assert 0.9 <= found["r0"]["semantic_score"] <= 1
-    assert found["r2"]["semantic_model"].startswith("efficientnet-lite0 at 160 px")
+    assert found["r2"]["semantic_model"].startswith("efficientnet-lite0 at 224 px")
     assert (found["r2"]["semantic_score"], found["r3"]["semantic_model"]) == (None, None)
     assert round(found["r2"]["semantic_threshold"], 6) == 0.9
     strict = semantic_dedup(SemanticConfig(min_cosine=1), context(shard, "strict", **inputs))

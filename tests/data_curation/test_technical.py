@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from data_curation.config import QualityConfig, RedecideConfig
+from data_curation.filter_config import QualityConfig, RedecideConfig
 from data_curation.quality_scores import scores
 from data_curation.scenes import all_scenes, draw
 from data_curation.technical import border, clipped, overlay
