@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from benchmarks.record import record
-from data_curation.config import RedecideConfig
+from data_curation.filter_config import RedecideConfig
 from data_curation.redecide import redecide_file
 from infra.memory import forget_peak_memory, peak_memory
 

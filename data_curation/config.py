@@ -1,13 +1,23 @@
-"""Settings of every curation stage; no field here changes meaning without the stage's version being raised."""
+"""Settings of sources, download, buckets and encoding, and of a whole curation; no field here changes meaning without the stage's version being raised."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from infra import local_files
+from data_curation.filter_config import (
+    CaptionsConfig,
+    DecontaminateConfig,
+    DedupConfig,
+    QualityConfig,
+    RecaptionConfig,
+    RedecideConfig,
+    SafetyConfig,
+    SemanticConfig,
+)
+from data_curation.own_data import OwnData
 from infra.config import Config
 
 _MACHINE: dict[str, Any] = {"versioned": False}
@@ -23,32 +33,6 @@ class DemoWebConfig(Config):
     shortest_side: int = Field(default=96, ge=64, le=512, description="Least width and height of a sound picture, px.")
     longest_side: int = Field(default=512, ge=128, le=2048, description="Greatest width and height, px.")
     seed: int = Field(default=0, ge=0, description="Seed of the whole web.")
-
-
-def fingerprint(path: str) -> str | None:
-    """Digest of a file's bytes, of a folder's names, sizes and times, or of an S3 object's tag; None: nothing there."""
-    if path.startswith("s3://"):
-        from data_curation.remote import tag_of
-
-        return tag_of(path)
-    return local_files.fingerprint(Path(path))
-
-
-class OwnData(Config):
-    """Data at a path; its fingerprint is part of the stage key, so changed data is read again."""
-
-    path: str = Field(min_length=1, description="Where the data lies.")
-    fingerprint: str | None = Field(
-        default=None, description="Digest of what lies at the path; None: taken when the configuration is read."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_fingerprint(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("path"), str | Path):
-            return data
-        data = data | {"path": str(data["path"])}
-        return data if data.get("fingerprint") else data | {"fingerprint": fingerprint(data["path"])}
 
 
 class ListSource(OwnData):
@@ -141,61 +125,6 @@ class DownloadConfig(Config):
     threads: int = Field(default=8, ge=1, le=256, json_schema_extra=_MACHINE, description="Threads of one process.")
 
 
-class DedupConfig(Config):
-    """Drop copies: the same bytes, then pictures whose perceptual hashes are close and whose pixels agree."""
-
-    hash_size: int = Field(
-        default=16, ge=8, le=32, multiple_of=4, description="Side of the phash; bits = side squared."
-    )
-    max_distance: int = Field(default=90, ge=0, le=200, description="Hash distance up to which a pair is looked at.")
-    max_relative: float = Field(
-        default=0.36, gt=0, le=1, description="Greatest difference of registered copies over their slopes."
-    )
-    max_tint: float = Field(default=3.2, gt=0, le=255, description="Their greatest difference of flat colours, levels.")
-    max_shear: float = Field(
-        default=0.009, gt=0, le=1, description="Greatest tilt that registers them, share of the side."
-    )
-    same_distance: int = Field(default=24, ge=0, le=200, description="Hash distance of pictures saved again, uncut.")
-    known_distance: int = Field(
-        default=10, ge=0, le=200, description="The same against earlier manifests that have hashes, but no thumbnails."
-    )
-
-
-class RememberConfig(Config):
-    """Nothing to set: what earlier nights have seen and tonight's manifest become one."""
-
-
-class QualityThresholds(Config):
-    """Bounds of the stored scores; each has its own reason."""
-
-    min_side: int = Field(default=64, ge=8, description="Least width and height, px (reason too_small).")
-    max_aspect: float = Field(default=2.2, ge=1, description="Greatest long side / short side (reason odd_aspect).")
-    max_blur: float = Field(default=0.5, ge=0, le=1, description="Greatest blur score (reason blurred).")
-    min_jpeg_quality: int = Field(default=30, ge=0, le=100, description="Least quality (reason over_compressed).")
-    min_contrast: float = Field(default=1.5, ge=0, description="Least deviation of grey values (reason no_content).")
-    max_caption_gap: float = Field(default=26, gt=0, description="Greatest misfit (reason caption_mismatch).")
-
-
-class QualityConfig(QualityThresholds):
-    """What the quality stage measures, and its thresholds."""
-
-    check_captions: bool = Field(default=True, description="Drop captions that the pictures contradict.")
-    caption_min_rows: int = Field(default=3_000, ge=100, description="Do not check captions of fewer rows.")
-    caption_min_explained: float = Field(
-        default=0.5, ge=0, le=1, description="Do not check captions if pictures explain less of their words."
-    )
-
-
-class RedecideConfig(QualityThresholds):
-    """Other thresholds for scores that are stored already; nothing is measured again."""
-
-
-class SafetyConfig(Config):
-    """Drop pictures that show nudity."""
-
-    max_nsfw: float = Field(default=0.8, ge=0, le=1, description="Greatest probability of nudity (reason unsafe).")
-
-
 class ResolutionConfig(Config):
     """One training resolution: buckets of about side x side pixels."""
 
@@ -235,10 +164,16 @@ class DataConfig(Config):
     download: DownloadConfig = Field(default=DownloadConfig(), description="Fetching.")
     dedup: DedupConfig = Field(default=DedupConfig(), description="Copies.")
     quality: QualityConfig = Field(default=QualityConfig(), description="Technical checks.")
+    captions: CaptionsConfig | None = Field(default=None, description="Caption rules; null: none.")
     redecide: RedecideConfig | None = Field(
         default=None, description="Thresholds applied to the stored scores instead of those of `quality`."
     )
+    decontaminate: DecontaminateConfig | None = Field(
+        default=None, description="Evaluation data; null: not looked for."
+    )
+    semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
+    recaption: RecaptionConfig | None = Field(default=None, description="Long captions; null: those of the source.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
 

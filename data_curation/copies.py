@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.config import DedupConfig
+from data_curation.filter_config import DedupConfig
 from data_curation.registration import Agreement, plausible, register, shear
 
 SLACK = 0.0035  # by how much a cut may seem to leave the other picture, share of the side

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_curation.config import DedupConfig
 from data_curation.copies import confirmed
 from data_curation.decode import open_picture
+from data_curation.filter_config import DedupConfig
 from data_curation.hamming import near_pairs
 from data_curation.hashing import phash
 from data_curation.known import (
@@ -51,7 +51,7 @@ def deduplicate(config: DedupConfig, ctx: StageContext) -> dict[str, Any]:
     facts = {} if known is None else drop_known_copies(_kept(rows), thumbnails, known, config)
     if known is not None:
         facts["known_dropped"] = sum(row.get("keeper_origin") is not None for row in rows)
-    kept = sorted(_kept(rows), key=_worth)
+    kept = sorted(_kept(rows), key=worth)
     i, j, distance = near_pairs(_hashes(kept), config.max_distance)
     nominated = len(i)
     i, j, distance = _similar_shape(kept, i, j, distance)
@@ -86,16 +86,24 @@ def drop_exact(rows: list[Row]) -> None:
 
 
 def drop_covered(rows: list[Row], i: Indices, j: Indices, distance: Indices) -> None:
-    """Greedy cover: rows come best first; a row is dropped for its nearest kept neighbour among the better ones."""
-    better: dict[int, list[tuple[int, int]]] = {}
+    """Rows come best first; a row is dropped for its nearest kept neighbour among the better ones."""
+    for place, keeper, nearest in cover(i, j, distance):
+        drop(rows[place], "near_duplicate")
+        rows[place]["keeper_id"], rows[place]["dup_distance"] = rows[keeper]["row_id"], int(nearest)
+
+
+def cover(i: Indices, j: Indices, distance: NDArray[Any]) -> list[tuple[int, int, float]]:
+    """Greedy cover of places that come best first, from pairs i < j: (covered place, its nearest keeper, distance)."""
+    better: dict[int, list[tuple[float, int]]] = {}
     for a, b, d in zip(i.tolist(), j.tolist(), distance.tolist(), strict=True):
         better.setdefault(b, []).append((d, a))
+    found: dict[int, tuple[int, int, float]] = {}
     for place in sorted(better):
-        keepers = [(d, a) for d, a in better[place] if rows[a]["decision"] == KEEP]
+        keepers = [(d, a) for d, a in better[place] if a not in found]
         if keepers:
             nearest, keeper = min(keepers)
-            drop(rows[place], "near_duplicate")
-            rows[place]["keeper_id"], rows[place]["dup_distance"] = rows[keeper]["row_id"], nearest
+            found[place] = place, keeper, nearest
+    return list(found.values())
 
 
 def sketch_shard(item: tuple[Path, set[str], int]) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
@@ -107,7 +115,7 @@ def sketch_shard(item: tuple[Path, set[str], int]) -> list[tuple[str, NDArray[np
     ]  # fmt: skip
 
 
-def _worth(row: Row) -> tuple[int, int, str]:
+def worth(row: Row) -> tuple[int, int, str]:
     """Sorts the row to keep first: more pixels, then more bytes, then the earlier one."""
     return -row["width"] * row["height"], -row["num_bytes"], row["row_id"]
 

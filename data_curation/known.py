@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_curation.config import DedupConfig, RememberConfig
 from data_curation.copies import confirmed
+from data_curation.filter_config import DedupConfig, RememberConfig
 from data_curation.hamming import cross_pairs
 from data_curation.hashing import VERSION
 from data_curation.manifest import KEEP, MANIFEST, Row, drop, read_manifest, write_manifest
@@ -112,19 +112,21 @@ def pass_on(source: Path, kept: set[str], out: Path) -> None:
             writer.write_batch(batch.filter(known))
 
 
-def drop_known_bytes(rows: list[Row], known: pa.Table) -> None:
+def drop_known_bytes(rows: list[Row], known: pa.Table, reason: str = "exact_duplicate") -> None:
     """Drop rows with the bytes of a known row."""
     first: dict[str, tuple[str, str]] = {}
     for sha256, row_id, origin in zip(*(known[c].to_pylist() for c in ("sha256_raw", "row_id", "origin")), strict=True):
         first.setdefault(sha256, (row_id, origin))
     for row in rows:
         if keeper := first.get(row["sha256_raw"]):
-            drop(row, "exact_duplicate")
+            drop(row, reason)
             row["keeper_id"], row["keeper_origin"] = keeper
             row["dup_distance"] = 0
 
 
-def drop_known_copies(rows: list[Row], thumbnails: Thumbnails, known: pa.Table, config: DedupConfig) -> dict[str, Any]:
+def drop_known_copies(
+    rows: list[Row], thumbnails: Thumbnails, known: pa.Table, config: DedupConfig, reason: str = "near_duplicate"
+) -> dict[str, Any]:
     """Drop rows whose picture is a copy of a known one; the nearest known row is named as the keeper."""
     usable = known.filter(pc.equal(known["hash"], hash_name(config)))
     facts = {"known_rows": len(known), "known_other_hash": len(known) - len(usable)}
@@ -150,7 +152,7 @@ def drop_known_copies(rows: list[Row], thumbnails: Thumbnails, known: pa.Table, 
     for k in np.lexsort((j, distance)):
         row = rows[i[k]]
         if row["decision"] == KEEP:
-            drop(row, "near_duplicate")
+            drop(row, reason)
             row["keeper_id"], row["dup_distance"] = usable["row_id"][int(j[k])].as_py(), int(distance[k])
             row["keeper_origin"] = usable["origin"][int(j[k])].as_py()
     return facts

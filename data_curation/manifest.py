@@ -32,6 +32,14 @@ MANIFEST_SCHEMA = pa.schema([
     ("bucket_w", pa.int32()), ("bucket_h", pa.int32()), ("buckets", pa.list_(pa.string())),
     ("crop_share", pa.float32()), ("split", pa.string()),
 ])  # fmt: skip
+OPTIONAL_SCHEMA = pa.schema([  # of stages that are off unless a preset asks for them; columns only where they ran
+    ("semantic_score", pa.float32()), ("semantic_model", pa.string()), ("semantic_threshold", pa.float32()),
+    ("border", pa.float32()), ("clipped", pa.float32()), ("overlay", pa.float32()),
+    ("caption_words", pa.int32()), ("caption_language", pa.string()), ("caption_file_name", pa.int32()),
+    ("caption_filler", pa.float32()), ("caption_repeated", pa.float32()), ("caption_markup", pa.int32()),
+    ("caption_long_model", pa.string()), ("caption_long_before", pa.string()),
+    ("eval_overlap", pa.float32()), ("eval_match", pa.string()), ("eval_threshold", pa.float32()),
+])  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -45,8 +53,10 @@ def write_table(rows: Sequence[Row], schema: pa.Schema, path: Path) -> None:
 
 
 def write_manifest(rows: Sequence[Row], folder: Path) -> None:
-    """Write manifest.parquet, rows sorted by row_id."""
-    write_table(sorted(rows, key=lambda row: str(row["row_id"])), MANIFEST_SCHEMA, folder / MANIFEST)
+    """Write manifest.parquet, rows sorted by row_id; optional columns if any row has them."""
+    there = set[str]().union(*rows)
+    schema = pa.schema([*MANIFEST_SCHEMA, *(field for field in OPTIONAL_SCHEMA if field.name in there)])
+    write_table(sorted(rows, key=lambda row: str(row["row_id"])), schema, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> list[Row]:

@@ -19,6 +19,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from data_curation.layouts import (
+    BODIES,
     CAPTIONS,
     LICENCES,
     LONG_CAPTIONS,
@@ -63,8 +64,8 @@ def samples(place: Path, layout: str) -> Iterator[Sample]:
                     yield from _tar(path, base)
         case _:
             for path in files:
-                if path.suffix.lower() == ".parquet" and (column := body_column(path)):
-                    yield from _parquet(path, base, column)
+                if path.suffix.lower() == ".parquet":
+                    yield from _parquet(path, base, _needed_column(path))
 
 
 def _said(facts: Mapping[str, Any], place: str, name: str, body: bytes | None, caption: str = "") -> Sample:
@@ -159,7 +160,8 @@ def _tar(path: Path, base: Path) -> Iterator[Sample]:
                 members[suffix.lower()] = stream.read() if stream else None
             yield from _sample_of(path, base, key, members)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataRefused(f"{path} cannot be read: {error}; repair it or take it out of the folder") from error
+        words = " ".join(str(error).split())[:300]
+        raise DataRefused(f"{path} cannot be read: {words}; repair it or take it out of the folder") from error
 
 
 def _sample_of(path: Path, base: Path, key: str, members: Mapping[str, bytes | None]) -> Iterator[Sample]:
@@ -170,6 +172,16 @@ def _sample_of(path: Path, base: Path, key: str, members: Mapping[str, bytes | N
     said, text = _json(members.get("json") or b"{}"), caption.decode("utf-8", "replace").strip()
     place = f"{_local(path, base)}#{key}.{picture}"
     yield _said(said, place, key.rpartition("/")[2], members[picture], text)
+
+
+def _needed_column(path: Path) -> str:
+    column = body_column(path)
+    if column is None:
+        raise DataRefused(
+            f"{path} cannot be read as Parquet with a column of pictures ({', '.join(BODIES)}); repair it or take it out "
+            "of the folder"
+        )
+    return column
 
 
 def _parquet(path: Path, base: Path, column: str) -> Iterator[Sample]:

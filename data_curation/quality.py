@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_curation.agreement import caption_fit, probe_thumbnail
-from data_curation.config import QualityConfig
 from data_curation.decode import open_picture
+from data_curation.filter_config import QualityConfig, QualityThresholds
 from data_curation.manifest import KEEP, Row, drop, funnel, pictures, read_manifest, shards, write_manifest
 from data_curation.quality_scores import scores
 
@@ -26,7 +26,8 @@ def filter_quality(config: QualityConfig, ctx: StageContext) -> dict[str, Any]:
     rows = read_manifest(ctx.inputs["rows"])
     kept = {row["row_id"]: row for row in rows if row["decision"] == KEEP}
     thumbnails: dict[str, NDArray[np.uint8]] = {}
-    for part in ctx.fan_out(measure_shard, [(path, set(kept)) for path in shards(ctx.inputs["images"])]):
+    items = [(path, set(kept), config.measures_more) for path in shards(ctx.inputs["images"])]
+    for part in ctx.fan_out(measure_shard, items):
         for row_id, found, thumbnail in part:
             kept[row_id].update(found)
             thumbnails[row_id] = thumbnail
@@ -38,16 +39,16 @@ def filter_quality(config: QualityConfig, ctx: StageContext) -> dict[str, Any]:
     return funnel(rows, len(rows)) | checked
 
 
-def measure_shard(item: tuple[Path, set[str]]) -> list[tuple[str, Row, NDArray[np.uint8]]]:
+def measure_shard(item: tuple[Path, set[str], bool]) -> list[tuple[str, Row, NDArray[np.uint8]]]:
     """(row_id, scores, probe thumbnail) of a shard's wanted pictures."""
-    shard, wanted = item
+    shard, wanted, more = item
     return [
-        (row_id, scores(data), probe_thumbnail(open_picture(data)))
+        (row_id, scores(data, more), probe_thumbnail(open_picture(data)))
         for row_id, data in pictures(shard, wanted)
     ]  # fmt: skip
 
 
-def technical_reasons(row: Row, config: QualityConfig) -> list[str]:
+def technical_reasons(row: Row, config: QualityThresholds) -> list[str]:
     """Every check that the picture fails, the plainest first."""
     short, long = sorted((row["width"], row["height"]))
     checks = {
@@ -57,6 +58,9 @@ def technical_reasons(row: Row, config: QualityConfig) -> list[str]:
         "over_compressed": row["jpeg_quality"] is not None and row["jpeg_quality"] < config.min_jpeg_quality,
         "no_content": row["contrast"] < config.min_contrast,
     }
+    further = {"bordered": ("border", config.max_border), "badly_exposed": ("clipped", config.max_clipped),
+               "text_overlay": ("overlay", config.max_overlay)}  # fmt: skip
+    checks |= {reason: limit is not None and row[score] > limit for reason, (score, limit) in further.items()}
     return [reason for reason, failed in checks.items() if failed]
 
 

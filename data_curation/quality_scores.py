@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 
+from data_curation.technical import border, clipped, overlay
+
 SCORE_SIDE = 192  # px; blur is judged at the size at which a picture is looked at
 REBLUR = 9  # px, as in the paper
 MEAN_TABLE_AT_50 = 57.625  # mean of the standard's luminance table
@@ -36,11 +38,16 @@ def jpeg_quality(image: Image.Image) -> int | None:
     return round(100 - scale / 2 if scale <= 100 else 5000 / scale)
 
 
-def scores(stored: bytes) -> dict[str, Any]:
-    """All scores of a stored picture."""
+def scores(stored: bytes, more: bool = False) -> dict[str, Any]:
+    """All scores of a stored picture; `more`: those of `technical.py` too."""
     image = Image.open(io.BytesIO(stored))
     quality = jpeg_quality(image)
     grey_image = image.convert("L")
     grey_image.thumbnail((SCORE_SIDE, SCORE_SIDE), Image.Resampling.BOX)
     grey = np.asarray(grey_image, np.float32)
-    return {"blur": round(blur(grey), 4), "jpeg_quality": quality, "contrast": round(float(grey.std()), 3)}
+    usual = {"blur": round(blur(grey), 4), "jpeg_quality": quality, "contrast": round(float(grey.std()), 3)}
+    if not more:
+        return usual
+    return usual | {
+        "border": round(border(grey), 4), "clipped": round(clipped(grey), 4), "overlay": round(overlay(grey), 3)
+    }  # fmt: skip

@@ -10,8 +10,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_curation.config import SafetyConfig
 from data_curation.decode import open_picture
+from data_curation.filter_config import SafetyConfig
 from data_curation.manifest import KEEP, drop, funnel, pictures, read_manifest, shards, write_manifest
 from infra.errors import ConfigError
 

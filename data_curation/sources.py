@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data_curation.config import FolderSource, ListSource, fingerprint
+from data_curation.config import FolderSource, ListSource
 from data_curation.demo_web import row_id
 from data_curation.known import seen_urls
 from data_curation.layouts import look
 from data_curation.local_pictures import BODIES
 from data_curation.manifest import SOURCE_SCHEMA, Row, write_table
+from data_curation.own_data import fingerprint
 from data_curation.picture_files import Sample, samples
 from data_curation.remote import copy_of
 from data_curation.url_lists import read_list
@@ -51,7 +52,16 @@ def read_source(config: ListSource | FolderSource, ctx: StageContext) -> dict[st
         raise DataRefused(f"source {config.path} has no pictures or URLs: the list is empty; give one with a URL a row")
     new = [row for row in rows if row["url"] not in seen]
     write_table(new, SOURCE_SCHEMA, ctx.out / "urls.parquet")
-    return {"received": len(new)} | ({"seen_before": len(rows) - len(new)} if seen else {})
+    repeated = len(rows) - len({row["url"] for row in rows})
+    if repeated:
+        log.warning(
+            "source %s repeats %d URLs; each is a row, and a copy is dropped by its bytes", config.path, repeated
+        )
+    return (
+        {"received": len(new)}
+        | ({"seen_before": len(rows) - len(new)} if seen else {})
+        | ({"repeated_urls": repeated} if repeated else {})
+    )
 
 
 # --- lists ---

@@ -67,12 +67,24 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
     last, more = "quality", list[StageSpec]()
+    if data.captions is not None:
+        more.append(spec_of("captions", "filter_captions", data.captions, rows=last))
+        last = "captions"
     if data.redecide is not None:
         more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
         last = "redecide"
+    if data.decontaminate is not None:
+        more.append(spec_of("decontaminate", "decontaminate", data.decontaminate, rows=last, images="download"))
+        last = "decontaminate"
+    if data.semantic is not None:
+        more.append(spec_of("semantic", "semantic_dedup", data.semantic, rows=last, images="download"))
+        last = "semantic"
     if data.safety is not None:
         more.append(spec_of("safety", "filter_safety", data.safety, rows=last, images="download"))
         last = "safety"
+    if data.recaption is not None:
+        more.append(spec_of("recaption", "recaption", data.recaption, rows=last, images="download"))
+        last = "recaption"
     return [
         spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),

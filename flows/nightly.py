@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import Field
 
-from data_curation.config import RememberConfig
+from data_curation.filter_config import RememberConfig
 from flows.config import LifecycleConfig
 from flows.dag import curation, seeded, training_set
 from flows.prefect_call import PrefectCall, flow_run_id

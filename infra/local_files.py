@@ -209,6 +209,18 @@ class LocalFiles:
         """There is no second copy."""
         return None
 
+    def quarantine(self, entry: str) -> str | None:
+        """Move an entry to .quarantine, where nothing reads it; its new place, None where the root cannot be written."""
+        shelf = self._folder / ".quarantine"
+        try:
+            shelf.mkdir(exist_ok=True)
+            place = Path(tempfile.mkdtemp(dir=shelf, prefix=f"{entry.replace('/', '-')[:64]}-"))
+            os.rename(self._folder / entry, place / "entry")
+        except OSError:
+            return None
+        sync_folder((self._folder / entry).parent)
+        return str(place / "entry")
+
     def remove(self, entry: str) -> None:
         """Take an entry away in one rename, then delete it."""
         self._trash(self._folder / entry)

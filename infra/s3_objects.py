@@ -177,6 +177,18 @@ class S3Objects:
         shutil.rmtree(self._cached(digest), ignore_errors=True)
         return self.fetch(entry, digest, files)
 
+    def quarantine(self, entry: str) -> str | None:
+        """Move the record to .quarantine, so that nothing finds its data; a new commit overwrites them."""
+        place, source = f".quarantine/{entry}/{RECORD}", self._key(f"{entry}/{RECORD}")
+        try:
+            self._client.copy_object(
+                Bucket=self._bucket, Key=self._key(place), CopySource={"Bucket": self._bucket, "Key": source}
+            )
+            self._client.delete_object(Bucket=self._bucket, Key=source)
+        except self._errors:
+            return None
+        return self.uri(place)
+
     def remove(self, entry: str) -> None:
         """Delete the record, then the data."""
         self._client.delete_object(Bucket=self._bucket, Key=self._key(f"{entry}/{RECORD}"))

@@ -40,6 +40,7 @@ class Backend(Protocol):
     def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool: ...
     def fetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path: ...
     def refetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path | None: ...
+    def quarantine(self, entry: str) -> str | None: ...
     def remove(self, entry: str) -> None: ...
     def erase(self, path: str) -> None: ...
     def names(self, path: str) -> list[str]: ...
@@ -62,7 +63,7 @@ class Store:
         return None if found is None else found[0]
 
     def local(self, artifact: Artifact) -> Path:
-        """A local folder with the artifact's files, every byte checked once per process."""
+        """A local folder with the artifact's files, every byte checked once per process; a damaged one is set aside."""
         stage, key = self._place(artifact)
         found = self._record(stage, key)
         if found is None:
@@ -83,8 +84,10 @@ class Store:
         if wrong and (fresh := self._backend.refetch(entry, stored.digest, files)) is not None:
             folder, wrong = fresh, wrong_in(fresh, stored.digest, files)
         if wrong:
+            place = self._backend.quarantine(entry)
+            aside = f"it was moved to {place}" if place else "it could not be moved away"
             raise ArtifactCorrupted(
-                f"artifact of stage {stage!r} is corrupted: {wrong}; `t2i rerun RUN {stage}` builds it again",
+                f"artifact of stage {stage!r} is corrupted: {wrong}; {aside}; `t2i rerun RUN {stage}` builds it again",
                 stage,
                 key,
             )

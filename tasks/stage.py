@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -140,6 +141,11 @@ def _call(spec: StageSpec, run: Callable[..., dict[str, Any]], config: Config, c
     except LifecycleError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LifecycleError(
+                f"stage {spec.name!r} stopped: the disk under {context.scratch.parent} is full; free some space and run "
+                "again, it goes on from what it had done"
+            ) from error
         raise LifecycleError(
             f"stage {spec.name!r} failed: {type(error).__name__}: {error}; what it had done is kept in "
             f"{context.scratch.parent}, running again goes on from there"

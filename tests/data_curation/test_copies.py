@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from data_curation.config import DedupConfig
 from data_curation.copies import confirmed
 from data_curation.dedup import drop_covered, drop_exact
+from data_curation.filter_config import DedupConfig
 from data_curation.manifest import DROP, KEEP, Row
 from data_curation.registration import thumbnail
 from data_curation.scenes import Scene, draw

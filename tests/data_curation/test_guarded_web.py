@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.hostile_input import forbidden_connects
 from data_curation.config import DownloadConfig
 from data_curation.fetch_process import classify
 from data_curation.guard import RefusedError
@@ -116,3 +117,9 @@ def test_everything_else_is_refused_with_its_reason(port: int, url: str, reason:
     with pytest.raises((RefusedError, urllib.error.URLError)) as caught:
         fetch(url.format(port=port))
     assert classify(str(caught.value)) == reason
+
+
+def test_sixty_private_targets_straight_and_by_redirect_get_no_connection() -> None:
+    found = forbidden_connects()
+    assert (found["targets"], found["requests"]) == (60, 240)
+    assert (found["connects"], found["connected_to"], found["reached"]) == (0, [], [])

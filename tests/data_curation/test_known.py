@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_curation.config import DedupConfig
 from data_curation.dedup import deduplicate
+from data_curation.filter_config import DedupConfig
 from data_curation.hamming import all_pairs, cross_pairs
 from data_curation.known import SIGNATURES, pass_on
 from data_curation.manifest import ROWS_SCHEMA, Row, read_manifest, write_table

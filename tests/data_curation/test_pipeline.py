@@ -11,20 +11,13 @@ import pytest
 from data_curation import web_server
 from data_curation.agreement import SIDE, caption_fit
 from data_curation.buckets import assign_buckets
-from data_curation.config import (
-    BucketsConfig,
-    DedupConfig,
-    DemoWebConfig,
-    DownloadConfig,
-    EncodeConfig,
-    ListSource,
-    QualityConfig,
-)
+from data_curation.config import BucketsConfig, DemoWebConfig, DownloadConfig, EncodeConfig, ListSource
 from data_curation.dataset import TrainingSet
 from data_curation.dedup import deduplicate
 from data_curation.demo_web import publish_demo_web
 from data_curation.download import download
 from data_curation.encode import encode
+from data_curation.filter_config import DedupConfig, QualityConfig
 from data_curation.manifest import read_manifest
 from data_curation.quality import filter_quality
 from data_curation.scenes import all_scenes, draw, short_caption

