@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -42,8 +42,10 @@ PAST = "past-"  # roles of the training sets that continued training replays, th
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
     """A copy of `denoiser` with the player's averaged weights; `prefix` is its name inside the player."""
-    average = trainer.emas[player].average
+    average = trainer.average(player)
     own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+    if player in trainer.uncut:
+        return with_weights(cast(Denoiser, trainer.uncut[player].get_submodule(prefix.removesuffix("."))), own)
     return with_weights(denoiser, own)
 
 

@@ -230,6 +230,14 @@ class FlowMatchingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _cut_whole(self) -> FlowMatchingConfig:
+        if self.train.shard and (self.lora is not None or (self.repa is not None and self.repa.kind == "self")):
+            raise ValueError(
+                "train.shard cuts networks that are trained whole; with lora or repa.kind=self set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _phases_follow(self) -> FlowMatchingConfig:
         starts = [phase.from_samples for phase in self.curriculum]
         if starts and (starts[0] != 0 or sorted(set(starts)) != starts):
