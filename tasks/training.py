@@ -147,7 +147,7 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
     )
     return SamplingCard.model_validate({
         "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
-        "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
+        "sampler": config.sampling.sampler, "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
         **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
     })  # fmt: skip
 

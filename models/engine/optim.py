@@ -78,7 +78,8 @@ class PlayerOptimizer:
     def _clipped(self) -> torch.Tensor:
         """Scale the gradients down where their norm is too large; returns the norm."""
         if not self.cut_from:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            return norm
         for part, source in self.cut_from.items():
             part.grad, source.grad = None if source.grad is None else part_of(source.grad), None
         complete = [p for p in self.parameters if p not in self.cut_from]

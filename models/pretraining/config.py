@@ -178,7 +178,10 @@ class PhaseConfig(Config):
 class SamplingConfig(Config):
     """How the trained model is to be sampled; saved with it."""
 
-    steps: int = Field(default=8, ge=1, le=1000, description="Euler steps")
+    steps: int = Field(default=8, ge=1, le=1000, description="Steps of the sampler")
+    sampler: Literal["euler", "heun"] = Field(
+        default="euler", description="heun: order 2, the network is asked twice a step", json_schema_extra=IF_SET
+    )
     guidance: float = Field(default=2.0, ge=1, le=30, description="Classifier-free guidance; 1 = none")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
 
