@@ -32,6 +32,7 @@ from models.pretraining.densities import histogram
 from models.pretraining.encoder_free import Dispersive, SelfAlignment
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Alignment, Projector, Repa, projector_of
+from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
@@ -59,6 +60,7 @@ def run_training(
     prompts: list[str],
     watch: Watch | None = None,
     frozen: Path | None = None,
+    measure: Callable[[int, bool], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Train, drawing the fixed prompts on the way, and write the checkpoint folder (rank 0); returns facts.
 
@@ -82,7 +84,7 @@ def run_training(
                 events.add_scalar(f"{ctx.name}/{name}", value, done)
         ctx.progress(done, total, numbers)
 
-    trainer = train(objective, batches, config, ctx.scratch, progress, draw, watch)
+    trainer = train(objective, batches, config, ctx.scratch, progress, draw, watch, measure)
     if events is not None:
         events.close()
     if world()[0] == 0:
@@ -129,7 +131,13 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
     model_of = Finished(trained, config.lora is not None, init)
-    facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data), frozen=frozen)
+    prompts, validation = fixed_prompts(data), None
+    if config.validation is not None:
+        held_out = data.held_out(phases[-1].select, config.validation.pictures)
+        validation = Validation(denoiser, held_out, config.validation.every, train_config.seed)
+    facts = run_training(objective, batches, train_config, ctx, model_of, card, prompts, None, frozen, validation)
+    if validation is not None:
+        facts["validation"] = {k: v for k, v in facts["last"].items() if k.startswith("validation")}
     model_of.write_adapter(ctx)
     times = times_shown(config, denoiser, 1 if frozen is None else factor_of(frozen))
     return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times}

@@ -29,7 +29,7 @@ from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
 from models.engine.shard import gathered, hollow, is_cut, prepare_blocks, shard_blocks
 from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
-from models.engine.weights import put_weights
+from models.engine.weights import put_weights, trainable_tensors
 
 MAX_SKIPPED = 20
 
@@ -220,12 +220,6 @@ class Trainer:
                 parameter.requires_grad_(turn is None or name == turn)
 
 
-def trainable_tensors(module: nn.Module, trainable: list[nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The trainable parameters of a module by name."""
-    wanted = {id(p) for p in trainable}
-    return {name: p.detach() for name, p in module.named_parameters() if id(p) in wanted}
-
-
 def train(
     objective: Objective,
     batches: Callable[[int], Batch],
@@ -234,10 +228,12 @@ def train(
     progress: Progress | None = None,
     on_sample: Callable[[int, Trainer], None] | None = None,
     watch: Watch | None = None,
+    measure: Callable[[int, bool], dict[str, float]] | None = None,
 ) -> Trainer:
     """Train to `config.steps`, resuming from `scratch`; returns the trainer with final weights, averages and log rows.
 
-    `batches(step)` is this worker's part of the batch of that step, a pure function of the step.
+    `batches(step)` is this worker's part of the batch of that step, a pure function of the step; `measure(step, last)`
+    adds numbers to a row of the log, the same on every worker.
     """
     trainer = Trainer(objective, config, scratch / "checkpoints", watch)
     if not trainer.resume() and watch is not None:
@@ -258,6 +254,9 @@ def train(
             if trainer.step % config.log_every == 0 or last:
                 row = divided(average_scalars({key: sum(values) / len(values) for key, values in window.items()}))
                 window.clear()
+                if measure is not None:
+                    with meter.spent("look"):
+                        row |= measure(trainer.step, last)
                 trainer.rows.append({"step": trainer.step, **row})
                 if progress is not None and world()[0] == 0:
                     seconds = time.perf_counter() - started

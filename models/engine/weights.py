@@ -14,6 +14,12 @@ from models.engine.shard import cut, part_of
 M = TypeVar("M", bound=nn.Module)
 
 
+def trainable_tensors(module: nn.Module, trainable: list[nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The trainable parameters of a module by name."""
+    wanted = {id(p) for p in trainable}
+    return {name: p.detach() for name, p in module.named_parameters() if id(p) in wanted}
+
+
 @torch.no_grad()
 def put_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Overwrite the parameters of these names; others stay."""
