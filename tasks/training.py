@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,7 @@ from models.pretraining.densities import histogram
 from models.pretraining.encoder_free import Dispersive, SelfAlignment
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Alignment, Projector, Repa, projector_of
+from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
 from tasks.training_data import TrainingData
 
@@ -42,8 +43,10 @@ PAST = "past-"  # roles of the training sets that continued training replays, th
 
 def averaged(trainer: Trainer, player: str, denoiser: Denoiser, prefix: str = "") -> Denoiser:
     """A copy of `denoiser` with the player's averaged weights; `prefix` is its name inside the player."""
-    average = trainer.emas[player].average
+    average = trainer.average(player)
     own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+    if player in trainer.uncut:
+        return with_weights(cast(Denoiser, trainer.uncut[player].get_submodule(prefix.removesuffix("."))), own)
     return with_weights(denoiser, own)
 
 
@@ -57,6 +60,7 @@ def run_training(
     prompts: list[str],
     watch: Watch | None = None,
     frozen: Path | None = None,
+    measure: Callable[[int, bool], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Train, drawing the fixed prompts on the way, and write the checkpoint folder (rank 0); returns facts.
 
@@ -80,7 +84,7 @@ def run_training(
                 events.add_scalar(f"{ctx.name}/{name}", value, done)
         ctx.progress(done, total, numbers)
 
-    trainer = train(objective, batches, config, ctx.scratch, progress, draw, watch)
+    trainer = train(objective, batches, config, ctx.scratch, progress, draw, watch, measure)
     if events is not None:
         events.close()
     if world()[0] == 0:
@@ -127,7 +131,13 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
     model_of = Finished(trained, config.lora is not None, init)
-    facts = run_training(objective, batches, train_config, ctx, model_of, card, fixed_prompts(data), frozen=frozen)
+    prompts, validation = fixed_prompts(data), None
+    if config.validation is not None:
+        held_out = data.held_out(phases[-1].select, config.validation.pictures)
+        validation = Validation(denoiser, held_out, config.validation.every, train_config.seed)
+    facts = run_training(objective, batches, train_config, ctx, model_of, card, prompts, None, frozen, validation)
+    if validation is not None:
+        facts["validation"] = {k: v for k, v in facts["last"].items() if k.startswith("validation")}
     model_of.write_adapter(ctx)
     times = times_shown(config, denoiser, 1 if frozen is None else factor_of(frozen))
     return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times}
@@ -145,7 +155,7 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
     )
     return SamplingCard.model_validate({
         "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
-        "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
+        "sampler": config.sampling.sampler, "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
         **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
     })  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_curation.dataset import Batch as DatasetBatch
 from data_curation.dataset import TrainingSet
 from infra.errors import ConfigError
 from models.engine.distribute import world
@@ -15,6 +16,8 @@ from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks.codec import Scaling, drawn
 from models.pretraining.config import SelectConfig
+
+HELD_OUT_BATCH = 16
 
 
 def local_slots(batch_size: int) -> tuple[int, ...]:
@@ -55,6 +58,25 @@ class TrainingData:
                 "add them to data.encode.teacher_resolutions, or set repa to null"
             )
         return widths.pop()
+
+    def held_out(self, select: SelectConfig, pictures: int) -> list[Batch]:
+        """At most so many pictures of the validation split, evenly over its rows, with short captions; one bucket a batch."""
+        chosen = self.set.select(select.resolutions, select.domains, "validation")
+        rows = np.sort(np.concatenate(list(chosen.buckets.values())))
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(pictures, len(rows))).astype(int))]
+        found = []
+        for bucket, members in chosen.buckets.items():
+            own = rows[np.isin(rows, members)]
+            for ids in np.split(own, range(HELD_OUT_BATCH, len(own), HELD_OUT_BATCH)) if len(own) else ():
+                part = DatasetBatch(bucket, chosen.positions[ids], ids)
+                gathered = self.set.gather(part)
+                images = to_model(gathered.images)
+                if self.scaling is not None:
+                    moments = torch.from_numpy(self.set.latents(part))
+                    images = drawn(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2]), self.scaling)
+                tokens, mask = (torch.from_numpy(x) for x in self.set.text(gathered.short))
+                found.append(Batch(images, tokens, mask, tuple(range(len(ids))), rows=tuple(ids.tolist())))
+        return found
 
     def batches(
         self,

@@ -63,6 +63,10 @@ class TrainConfig(Config):
         json_schema_extra=IF_SET,
     )  # fmt: skip
     compile: bool = Field(default=False, description="torch.compile every block", json_schema_extra=IF_SET)
+    shard: bool = Field(
+        default=False, description="Cut every block's weights over the workers (FSDP2) in place of a copy on each",
+        json_schema_extra=UNVERSIONED,
+    )  # fmt: skip
     loader_threads: int = Field(
         default=0, ge=0, le=64, description="Threads that make batches ahead; 0: the training thread makes them",
         json_schema_extra=UNVERSIONED,

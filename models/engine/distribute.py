@@ -34,7 +34,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     What no worker has stays without gradient, so that a term that has ended does not decay or move its weights.
     """
     _, workers = world()
-    if workers == 1:
+    if workers == 1 or not parameters:
         return
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     grads = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]

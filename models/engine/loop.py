@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from infra.config import versioned
 from models.engine.batches import loaded, parts_of
@@ -25,18 +24,16 @@ from models.engine.config import TrainConfig
 from models.engine.distribute import average_gradients, average_scalars, barrier, broadcast_parameters, world
 from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma
 from models.engine.meter import Meter
-from models.engine.objective import Batch, Objective
+from models.engine.objective import Batch, Objective, divided
 from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
+from models.engine.shard import gathered, hollow, is_cut, prepare_blocks, shard_blocks
 from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
-from models.engine.weights import put_weights
+from models.engine.weights import put_weights, trainable_tensors
 
 MAX_SKIPPED = 20
-BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")  # where diffusers' families keep them
 
 log = logging.getLogger(__name__)
-
-SUM, COUNT = "\tsum", "\tcount"  # ends of the keys of a ratio's two numbers
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -72,9 +69,12 @@ class Trainer:
     def __init__(self, objective: Objective, config: TrainConfig, folder: Path, watch: Watch | None = None) -> None:
         self.objective, self.config, self.folder, self.watch = objective, config, folder, watch
         self.players = dict(objective.players)
-        self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.players.items()}
-        for module in self.players.values():
+        self.uncut: dict[str, nn.Module] = {}  # copies of cut players, without weights
+        self.averages: dict[str, dict[str, torch.Tensor]] = {}  # of cut players, whole, as last gathered (rank 0)
+        for name, module in self.players.items():
             broadcast_parameters(module)
+            self._prepare(name, module)
+        self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.players.items()}
         own = getattr(objective, "optimizers", {})  # a player may have settings of its own
         span = getattr(objective, "schedule_steps", config.steps)  # the rate falls once in every span
         self.optimizers = {n: PlayerOptimizer(m, own.get(n, config.optimizer), span) for n, m in self.players.items()}
@@ -83,32 +83,62 @@ class Trainer:
         self.tracked = {
             f"{n}.power{i}": (n, PowerEma(m, g)) for n, m in self.players.items() for i, g in enumerate(gammas)
         }
-        for module in self.players.values():
-            prepare_blocks(module, config)
         self.step = 0
         self.skipped = 0
         self.rows: list[dict[str, float]] = []
         self.meter = Meter()
 
+    def _prepare(self, name: str, module: nn.Module) -> None:
+        """Compile, recompute and cut the blocks of a player, as the settings say."""
+        cutting = self.config.shard and world()[1] > 1
+        if cutting and (not getattr(self.objective, "shardable", False) or self.watch is not None):
+            raise ValueError(
+                f"shard=true cannot train {type(self.objective).__name__}, which copies its networks on the way; "
+                "it is for flow matching with all weights trained, set it to false"
+            )
+        if cutting:
+            self.uncut[name] = hollow(module)
+        prepare_blocks(module, self.config)
+        if cutting:
+            shard_blocks(module, self.config.precision == "bf16")
+
+    def gather(self) -> None:
+        """Put the parts of the averages together, for whoever asks `average`; all workers must."""
+        self.averages = {name: gathered(self.emas[name].average, self.players[name]) for name in self.uncut}
+
+    def average(self, name: str) -> dict[str, torch.Tensor]:
+        """A player's averaged weights; those of a cut one as they were last gathered, on rank 0."""
+        return self.averages[name] if name in self.uncut else self.emas[name].average
+
     def save(self) -> None:
         """Write a checkpoint (rank 0), all workers waiting for it."""
-        if world()[0] == 0:
+        self.gather()
+        if world()[0] == 0 or self.uncut:
             groups: dict[str, dict[str, torch.Tensor]] = {}
             for name, module in self.players.items():
-                groups[f"{name}.weights"] = trainable_tensors(module, self.trainable[name])
+                weights = trainable_tensors(module, self.trainable[name])
+                groups[f"{name}.weights"] = gathered(weights, module) if name in self.uncut else weights
                 groups[f"{name}.optimizer"] = self.optimizers[name].tensors()
-                groups[f"{name}.ema"] = self.emas[name].average
+                groups[f"{name}.ema"] = self.average(name)
+            groups |= self.snapshots()
+        if world()[0] == 0:
             extra = getattr(self.objective, "state", None)
             if extra is not None:
                 groups["objective"] = extra()
             if self.watch is not None:
                 groups["watch"] = self.watch.state()
-            groups |= {name: ema.average for name, (_, ema) in self.tracked.items()}
             updates = {name: ema.updates for name, ema in self.emas.items()}
             settings = versioned(self.config)
             meta = {"updates": updates, "rows": self.rows, "skipped": self.skipped, "settings": settings}
             save_state(self.folder, self.step, groups, meta)
         barrier()
+
+    def snapshots(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The two power averages of every player, whole on rank 0; all workers must ask where weights are cut."""
+        return {
+            name: gathered(ema.average, self.players[player]) if player in self.uncut else ema.average
+            for name, (player, ema) in self.tracked.items()
+        }
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint if there is one."""
@@ -121,10 +151,11 @@ class Trainer:
             refuse_other_model(groups[f"{name}.weights"], trainable_tensors(module, self.trainable[name]), self.folder)
             put_weights(module, groups[f"{name}.weights"])
             self.optimizers[name].load_tensors(groups[f"{name}.optimizer"])
-            self.emas[name].average = groups[f"{name}.ema"]
+            self.emas[name].load(groups[f"{name}.ema"], module)
             self.emas[name].updates = meta["updates"][name]
         for name, (player, ema) in self.tracked.items():
-            ema.average, ema.updates = groups[name], meta["updates"][player]
+            ema.load(groups[name], self.players[player])
+            ema.updates = meta["updates"][player]
         if "objective" in groups:
             self.objective.load_state(groups["objective"])  # type: ignore[attr-defined]
         if self.watch is not None:
@@ -147,7 +178,7 @@ class Trainer:
             for part in parts_of(batch, self.config.accumulate):
                 for key, value in self._backward(name, part).items():
                     sums[key] = sums.get(key, 0.0) + value
-            average_gradients(self.trainable[name])
+            average_gradients([p for p in self.trainable[name] if not is_cut(p)])
             norm, moved = self.optimizers[name].step(self.step)
             self._count_skipped(name, moved, batch)
             numbers |= {f"{prefix}{key}": value for key, value in sums.items()}
@@ -166,11 +197,7 @@ class Trainer:
         with torch.autocast(part.images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss = self.objective.loss(name, part)
         torch.autograd.backward(loss.total if count == 1 else loss.total / count)
-        numbers = {"loss": float(loss.total.detach()) / count}
-        numbers |= {key: float(value) / count for key, value in loss.parts.items()}
-        for key, (total, number) in loss.ratios.items():
-            numbers |= {f"{key}{SUM}": float(total), f"{key}{COUNT}": float(number)}
-        return numbers
+        return loss.numbers(count)
 
     def _count_skipped(self, name: str, moved: bool, batch: Batch) -> None:
         """Name the rows behind a gradient that is not finite; end the run where the settings say so."""
@@ -193,23 +220,6 @@ class Trainer:
                 parameter.requires_grad_(turn is None or name == turn)
 
 
-def trainable_tensors(module: nn.Module, trainable: list[nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The trainable parameters of a module by name."""
-    wanted = {id(p) for p in trainable}
-    return {name: p.detach() for name, p in module.named_parameters() if id(p) in wanted}
-
-
-def prepare_blocks(module: nn.Module, config: TrainConfig) -> None:
-    """Compile, or recompute in the backward pass, every block of every transformer inside, in place: no name changes."""
-    blocks = [b for m in module.modules() for name, child in m.named_children() if name in BLOCK_LISTS
-              and isinstance(child, nn.ModuleList) for b in child]  # fmt: skip
-    for block in blocks:
-        if config.recompute:
-            checkpoint(block)
-        if config.compile:
-            block.compile()
-
-
 def train(
     objective: Objective,
     batches: Callable[[int], Batch],
@@ -218,10 +228,12 @@ def train(
     progress: Progress | None = None,
     on_sample: Callable[[int, Trainer], None] | None = None,
     watch: Watch | None = None,
+    measure: Callable[[int, bool], dict[str, float]] | None = None,
 ) -> Trainer:
     """Train to `config.steps`, resuming from `scratch`; returns the trainer with final weights, averages and log rows.
 
-    `batches(step)` is this worker's part of the batch of that step, a pure function of the step.
+    `batches(step)` is this worker's part of the batch of that step, a pure function of the step; `measure(step, last)`
+    adds numbers to a row of the log, the same on every worker.
     """
     trainer = Trainer(objective, config, scratch / "checkpoints", watch)
     if not trainer.resume() and watch is not None:
@@ -236,12 +248,15 @@ def train(
                 prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots))
                 for key, value in trainer.move(prepared).items():
                     window.setdefault(key, []).append(value)
-            meter.counted(batch, partial(losses_again, objective, prepared))
+            meter.counted(batch, partial(losses_again, trainer, prepared))
             trainer.step = step + 1
             last = trainer.step == config.steps
             if trainer.step % config.log_every == 0 or last:
                 row = divided(average_scalars({key: sum(values) / len(values) for key, values in window.items()}))
                 window.clear()
+                if measure is not None:
+                    with meter.spent("look"):
+                        row |= measure(trainer.step, last)
                 trainer.rows.append({"step": trainer.step, **row})
                 if progress is not None and world()[0] == 0:
                     seconds = time.perf_counter() - started
@@ -251,9 +266,10 @@ def train(
     return trainer
 
 
-def losses_again(objective: Objective, batch: Batch) -> None:
-    """The forward pass of a step once more, where it has no side effects (`pure_loss`)."""
-    if getattr(objective, "pure_loss", False):
+def losses_again(trainer: Trainer, batch: Batch) -> None:
+    """The forward pass of a step once more, where it has no side effects (`pure_loss`) and needs no other worker."""
+    objective = trainer.objective
+    if getattr(objective, "pure_loss", False) and not trainer.uncut:
         for name in objective.players:
             objective.loss(name, batch)
 
@@ -267,21 +283,16 @@ def _look_and_keep(
         if watch is not None and (step % watch.every == 0 or last):
             watch.look(trainer)
     with trainer.meter.spent("checkpoint"):
-        if config.ema_snapshot_every and step % config.ema_snapshot_every == 0 and world()[0] == 0:
-            averages = {name: ema.average for name, (_, ema) in trainer.tracked.items()}
-            save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
+        if config.ema_snapshot_every and step % config.ema_snapshot_every == 0:
+            averages = trainer.snapshots()
+            if world()[0] == 0:
+                save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
         if step % config.checkpoint_every == 0 and not last:
             trainer.save()
     if on_sample is not None and config.sample_every and step % config.sample_every == 0:
         with trainer.meter.spent("look"):
+            trainer.gather()
             on_sample(step, trainer)
-
-
-def divided(row: dict[str, float]) -> dict[str, float]:
-    """A row with its ratios worked out; one whose count is 0 is left out."""
-    plain = {key: value for key, value in row.items() if not key.endswith((SUM, COUNT))}
-    sums = {key.removesuffix(SUM): value for key, value in row.items() if key.endswith(SUM)}
-    return plain | {key: total / row[key + COUNT] for key, total in sums.items() if row[key + COUNT]}
 
 
 def write_metrics(rows: list[dict[str, float]], path: Path) -> None:

@@ -7,7 +7,7 @@ of the matrices. Left out: weight decay schedules, convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from models.engine.distribute import world
+from models.engine.shard import cut, whole
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
@@ -59,8 +60,10 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update is orthogonalised and scaled to AdamW's usual RMS (0.2 sqrt(max dim))."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+        cut_from: Mapping[nn.Parameter, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.cut_from = cut_from or {}  # parameter that is a worker's part -> how the matrix is cut
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -71,10 +74,13 @@ class Muon(torch.optim.Optimizer):
             gradients = [p.grad for p in parameters]
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            directions = _orthogonalise_shared(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+            likes = [self.cut_from.get(p, p) for p in parameters]
+            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+            directions = _orthogonalise_shared([whole(part, like) for part, like in zip(updates, likes, strict=True)])
+            directions = [cut(full, like) for full, like in zip(directions, likes, strict=True)]
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_mul_(directions, [group["lr"] * 0.2 * max(p.shape) ** 0.5 for p in parameters])
+            torch._foreach_mul_(directions, [group["lr"] * 0.2 * max(like.shape) ** 0.5 for like in likes])
             torch._foreach_sub_(parameters, directions)
 
 

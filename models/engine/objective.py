@@ -11,6 +11,8 @@ from torch import nn
 
 from models.engine.randomness import Randomness
 
+SUM, COUNT = "\tsum", "\tcount"  # ends of the keys of a ratio's two numbers
+
 
 @dataclass
 class Batch:
@@ -42,6 +44,21 @@ class Loss:
     total: torch.Tensor
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     ratios: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def numbers(self, count: int) -> dict[str, float]:
+        """What a row of the log is made of, where this is the loss of one of `count` parts of a batch."""
+        numbers = {"loss": float(self.total.detach()) / count}
+        numbers |= {key: float(value) / count for key, value in self.parts.items()}
+        for key, (total, number) in self.ratios.items():
+            numbers |= {f"{key}{SUM}": float(total), f"{key}{COUNT}": float(number)}
+        return numbers
+
+
+def divided(row: dict[str, float]) -> dict[str, float]:
+    """A row with its ratios worked out; one whose count is 0 is left out."""
+    plain = {key: value for key, value in row.items() if not key.endswith((SUM, COUNT))}
+    sums = {key.removesuffix(SUM): value for key, value in row.items() if key.endswith(SUM)}
+    return plain | {key: total / row[key + COUNT] for key, total in sums.items() if row[key + COUNT]}
 
 
 class Objective(Protocol):

@@ -9,7 +9,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from models.engine.shard import cut, part_of
+
 M = TypeVar("M", bound=nn.Module)
+
+
+def trainable_tensors(module: nn.Module, trainable: list[nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The trainable parameters of a module by name."""
+    wanted = {id(p) for p in trainable}
+    return {name: p.detach() for name, p in module.named_parameters() if id(p) in wanted}
 
 
 @torch.no_grad()
@@ -17,11 +25,14 @@ def put_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Overwrite the parameters of these names; others stay."""
     parameters = dict(module.named_parameters())
     for name, value in weights.items():
-        parameters[name].copy_(value)
+        part_of(parameters[name]).copy_(cut(value, parameters[name]))
 
 
 def with_weights(module: M, weights: Mapping[str, torch.Tensor]) -> M:
     """A copy of the module with these of its weights replaced."""
     clone = copy.deepcopy(module)
-    put_weights(clone, weights)
+    if any(p.is_meta for p in clone.parameters()):  # `hollow`
+        clone.load_state_dict({name: value.clone() for name, value in weights.items()}, strict=False, assign=True)
+    else:
+        put_weights(clone, weights)
     return clone

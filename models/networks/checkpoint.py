@@ -19,14 +19,16 @@ class SamplingCard(Config):
 
     family: FamilyName = Field(default="prx-pixel", description="Network family")
     prediction: Prediction = Field(default="x_0", description="What the network predicts")
-    steps: int = Field(default=8, ge=1, description="Euler steps")
+    steps: int = Field(default=8, ge=1, description="Steps of the sampler")
     guidance: float = Field(default=2.0, ge=1, description="Guidance scale (standard form; 1 = none)")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
     prompt_max_tokens: int = Field(default=64, ge=8, description="Prompt length the pipeline pads to")
     shift: ShiftRule = Field(default="sqrt_tokens", description="Rule of the time shift")
     base_tokens: int = Field(default=64, ge=1, description="Token count at which the shift is 1")
     distilled: bool = Field(default=False, description="True for students: steps and guidance are fixed by training")
-    sampler: Literal["euler", "renoise"] = Field(default="euler", description="ODE steps, or x_0 and fresh noise")
+    sampler: Literal["euler", "heun", "renoise"] = Field(
+        default="euler", description="ODE steps of order 1 or 2, or x_0 and fresh noise"
+    )
     trained_steps: tuple[int, ...] | None = Field(default=None, description="Step counts a student can be asked")
     method: str | None = Field(default=None, description="How a student was distilled")
     distilled_guidance: float | None = Field(default=None, description="Teacher guidance inside a student")

@@ -75,12 +75,15 @@ def scheduler_settings(steps: int, k: float = 1.0, table: int = 1000) -> dict[st
 
 def scheduler_of(card: SamplingCard, steps: int, k: float = 1.0) -> Any:
     """The stock scheduler that samples as the checkpoint was trained, its times shifted by k."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
 
     settings = scheduler_settings(steps, k)
     match card.sampler:
         case "euler":
             return FlowMatchEulerDiscreteScheduler(**settings)
+        case "heun":
+            refuse_heun(card, k)  # its grid ends at its table's last entry, so a table of N entries ends at 1/N
+            return FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps)
         case "renoise":
             return FlowMatchLCMScheduler(**settings)
 
@@ -100,6 +103,8 @@ def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) ->
     check_steps(card, steps, card.guidance)
     denoiser = families.load(transformer_folder(checkpoint, card, steps), card)
     if card.family == "unet":
+        if card.sampler == "heun":
+            refuse_heun(card)
         export_module(checkpoint, denoiser, folder)
     else:
         pipeline_of(checkpoint, denoiser, card, steps).save_pretrained(folder)
@@ -112,6 +117,19 @@ def export_pipeline(checkpoint: Path, folder: Path, steps: int | None = None) ->
     no_t5 = card.family == "sd3" and not (folder / "text_encoder_3").is_dir()
     missing = ", text_encoder_3=None, tokenizer_3=None" if no_t5 else ""  # diffusers wants to be told
     (folder / "README.md").write_text(model_card(checkpoint.name, card, steps, missing, sampled))
+
+
+def refuse_heun(card: SamplingCard, k: float = 1.0) -> None:
+    """Heun's method on our times needs a pipeline that divides them by its table's length, and no shift."""
+    if card.family not in ("prx-pixel", "prx-latent"):
+        raise ValueError(
+            f"stock diffusers cannot sample {card.family} by Heun's method on our times; set sampling.sampler to euler"
+        )
+    if k != 1.0:
+        raise ValueError(
+            f"the times of {card.side} px are shifted by {k:g}, and FlowMatchHeunDiscreteScheduler would shift them twice; "
+            "set sampling.sampler to euler, or timesteps.shift to none"
+        )
 
 
 def pipeline_of(checkpoint: Path, denoiser: Denoiser, card: SamplingCard, steps: int) -> Any:

@@ -178,9 +178,19 @@ class PhaseConfig(Config):
 class SamplingConfig(Config):
     """How the trained model is to be sampled; saved with it."""
 
-    steps: int = Field(default=8, ge=1, le=1000, description="Euler steps")
+    steps: int = Field(default=8, ge=1, le=1000, description="Steps of the sampler")
+    sampler: Literal["euler", "heun"] = Field(
+        default="euler", description="heun: order 2, the network is asked twice a step", json_schema_extra=IF_SET
+    )
     guidance: float = Field(default=2.0, ge=1, le=30, description="Classifier-free guidance; 1 = none")
     side: int = Field(default=32, ge=8, description="Default side in pixels")
+
+
+class ValidationConfig(Config):
+    """The loss on held-out pictures at eight fixed times with fixed noise (validation.py)."""
+
+    pictures: int = Field(default=64, ge=1, description="Held-out pictures, evenly over the validation split")
+    every: int = Field(default=200, ge=1, description="Steps between looks; a multiple of train.log_every")
 
 
 class FlowMatchingConfig(Config):
@@ -202,6 +212,9 @@ class FlowMatchingConfig(Config):
     tread: TreadConfig | None = Field(default=None, description="Token routing", json_schema_extra=IF_SET)
     curriculum: tuple[PhaseConfig, ...] = Field(
         default=(), description="Phases by samples seen; none: one phase", json_schema_extra=IF_SET
+    )
+    validation: ValidationConfig | None = Field(
+        default=None, description="Loss on held-out pictures while training", json_schema_extra=IF_SET
     )
     log_bins: int = Field(
         default=0, ge=0, le=100, description="Equal parts of [0, 1] whose training loss is logged apart; 0: none",
@@ -227,6 +240,21 @@ class FlowMatchingConfig(Config):
                     f"repa.layer={repa.layer} lies between tread.first={tread.first} and tread.last={tread.last}, where "
                     "tokens are missing from the grid a conv projector needs; align outside, or with projector: mlp"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _cut_whole(self) -> FlowMatchingConfig:
+        if self.train.shard and (self.lora is not None or (self.repa is not None and self.repa.kind == "self")):
+            raise ValueError(
+                "train.shard cuts networks that are trained whole; with lora or repa.kind=self set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _looks_at_log_rows(self) -> FlowMatchingConfig:
+        every, row = self.validation.every if self.validation else 0, self.train.log_every
+        if every % row:
+            raise ValueError(f"validation.every={every} is not a multiple of train.log_every={row}; make it one")
         return self
 
     @model_validator(mode="after")

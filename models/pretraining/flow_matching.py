@@ -29,6 +29,7 @@ class FlowMatching:
     """The objective of pre-training, continued training, SFT and DreamBooth."""
 
     pure_loss = True
+    shardable = True
 
     def __init__(
         self, denoiser: Denoiser, timesteps: TimestepConfig, repa: Alignment | None = None,

@@ -15,7 +15,7 @@ from models.networks.codec import Pixels
 from models.networks.denoiser import Denoiser
 from models.networks.families import Surroundings
 from models.networks.text_features import PackagedText
-from models.sampling.euler import integrate
+from models.sampling import euler, heun
 from models.sampling.few_step import renoise
 from models.sampling.times import times_of
 
@@ -104,6 +104,7 @@ class Generator:
                 x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
             else:
                 cut = (null[0][:, :used], null[1][:, :used])
+                integrate = heun.integrate if card.sampler == "heun" else euler.integrate
                 x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength)
             pictures.append(codec.pictures(x).numpy())
         return np.concatenate(pictures)

@@ -1,24 +1,25 @@
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
 from data_curation.manifest import write_table
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataRefused
 from models.pretraining.config import SelectConfig
 from tasks.training_data import TrainingData
 
-ROWS = {32: 24, 40: 72}
+ROWS = {32: 24, 40: 112}  # the last 40 are held out
 CHANNELS = {32: 5, 40: 0}
 
 
 @pytest.fixture
 def data(tmp_path):
-    """An encoded training set of 24 pictures at 32 px and 72 at 40 px; every third one is of the extended domain."""
+    """An encoded training set of 24 pictures at 32 px and 72 at 40 px, with 40 held out there; every third one is of the extended domain."""
     index = [
         {"row_id": f"{side}-{i}", "resolution": side, "width": side, "height": side, "position": i, "caption_short": 1,
-         "caption_long": 2, "domain": "extended" if i % 3 == 0 else "basic", "split": "train"}
+         "caption_long": 2, "domain": "extended" if i % 3 == 0 else "basic", "split": "validation" if side == 40 and i >= 72 else "train"}
         for side, count in ROWS.items() for i in range(count)
     ]  # fmt: skip
     write_table(index, INDEX_SCHEMA, tmp_path / "index.parquet")
@@ -69,3 +70,14 @@ def test_repa_on_a_resolution_without_teacher_features_is_refused(data) -> None:
     assert data.teacher_dim(SelectConfig(resolutions=(32,))) == 5
     with pytest.raises(ConfigError, match="data.encode.teacher_resolutions"):
         data.teacher_dim(SelectConfig(resolutions=(32, 40)))
+
+
+def test_held_out_pictures_are_the_validation_split_evenly_taken(data) -> None:
+    found = data.held_out(SelectConfig(resolutions=(32, 40)), 20)
+    assert [len(batch.rows) for batch in found] == [16, 4]
+    levels = torch.cat([((batch.images[:, 0, 0, 0] + 1) * 127.5).round() for batch in found]).int().tolist()
+    assert len(set(levels)) == 20
+    assert (min(levels), max(levels)) == (72, 111)
+    assert len(data.held_out(SelectConfig(resolutions=(40,)), 1000)) == 3  # all forty
+    with pytest.raises(DataRefused, match="no validation rows"):
+        data.held_out(SelectConfig(resolutions=(32,)), 20)

@@ -49,7 +49,14 @@ print(json.dumps(seen))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "guidance", "sampler"),
-    [(8, 2.0, "euler"), (4, 1.0, "euler"), (1, 1.0, "euler"), (4, 1.0, "renoise"), (2, 1.0, "renoise")],
+    [
+        (8, 2.0, "euler"),
+        (5, 2.0, "heun"),
+        (4, 1.0, "euler"),
+        (1, 1.0, "euler"),
+        (4, 1.0, "renoise"),
+        (2, 1.0, "renoise"),
+    ],
 )
 def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: float, sampler: str) -> None:
     config = PrxConfig(hidden_size=64, depth=2, num_heads=2, prompt_max_tokens=32)
@@ -94,7 +101,10 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.strip().splitlines()[-1])
-    assert seen == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6)
+    looks = [1 - i / steps for i in range(steps)]
+    if sampler == "heun":
+        looks = [looks[0], *(t for t in looks[1:] for _ in range(2))]
+    assert seen == pytest.approx(looks, abs=1e-6)
     theirs = np.load(tmp_path / "out.npy")
     assert theirs.shape == ours.shape
     assert ours.std() > 10
@@ -186,3 +196,11 @@ def test_the_stock_sd3_pipeline_sees_the_trained_times_too(steps: int, sampler: 
         num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
     )  # fmt: skip
     assert seen == pytest.approx([1000 * (1 - i / steps) for i in range(steps)], abs=1e-3)
+
+
+def test_heun_is_refused_where_the_stock_pipeline_would_draw_other_pictures(tiny, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "shifted", tiny(0), SamplingCard(sampler="heun", side=64))
+    with pytest.raises(ValueError, match="times of 64 px are shifted by 2, and FlowMatchHeun"):
+        export_pipeline(tmp_path / "shifted", tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot sample sd3 by Heun's method"):
+        scheduler_of(SamplingCard(family="sd3", sampler="heun"), 4)

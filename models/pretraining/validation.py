@@ -1,0 +1,44 @@
+"""Validation loss: held-out pictures, each at eight stratified times with fixed noise (as MLPerf's Flux.1 benchmark does it).
+
+The velocity's error at t = 1/16, 3/16, ..., 15/16, whatever a recipe's density, shift and weight, so that recipes and steps
+can be compared: nothing is drawn anew. Asked of the present weights, not of their average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
+from models.pretraining.flow_matching import noised, velocity_error
+
+TIMES = 8
+
+
+class Validation:
+    """Held-out batches and their noise, looked at every so many steps; noise goes by a picture's row."""
+
+    def __init__(self, denoiser: Denoiser, batches: Sequence[Batch], every: int, seed: int) -> None:
+        self.denoiser, self.batches, self.every = denoiser, batches, every
+        self.noise = [Randomness(seed, 0, b.rows).normal("validation", tuple(b.images.shape[1:])) for b in batches]
+
+    def __call__(self, step: int, last: bool) -> dict[str, float]:
+        """`validation` and its eight parts; nothing between the looks."""
+        return self.numbers() if last or step % self.every == 0 else {}
+
+    @torch.no_grad()
+    def numbers(self) -> dict[str, float]:
+        """Mean error over all pictures and times, and over all pictures at each time."""
+        times = [(i + 0.5) / TIMES for i in range(TIMES)]
+        sums = [0.0] * TIMES
+        for batch, eps in zip(self.batches, self.noise, strict=True):
+            for i, time in enumerate(times):
+                t = torch.full((len(eps),), time)
+                x_0, _ = self.denoiser(noised(batch.images, eps, t), t, batch.tokens, batch.mask)
+                sums[i] += float(velocity_error(x_0, batch.images, t, self.denoiser.t_clamp).sum())
+        count = sum(len(eps) for eps in self.noise)
+        parts = {f"validation t={time:g}": total / count for time, total in zip(times, sums, strict=True)}
+        return {"validation": sum(sums) / count / TIMES, **parts}
