@@ -35,57 +35,12 @@ STOP_WORDS = {
     "nl": "de het en met op is zijn een van in voor door dat aan deze dit bij naar",
 }
 HOLDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
-FILLER = frozenset(
-    [
-        "image",
-        "images",
-        "img",
-        "picture",
-        "pictures",
-        "photo",
-        "photos",
-        "photograph",
-        "pic",
-        "pics",
-        "of",
-        "untitled",
-        "thumbnail",
-        "thumb",
-        "placeholder",
-        "default",
-        "alt",
-        "text",
-        "icon",
-        "logo",
-        "banner",
-        "avatar",
-        "screenshot",
-        "download",
-        "preview",
-        "click",
-        "here",
-        "enlarge",
-        "view",
-        "larger",
-        "full",
-        "size",
-        "stock",
-        "free",
-        "no",
-        "description",
-        "available",
-        "may",
-        "contain",
-        "caption",
-        "attachment",
-        "file",
-        "profile",
-        "main",
-        "featured",
-        "hero",
-        "header",
-    ]
-)
+FILLERS = """
+    image images img picture pictures photo photos photograph pic pics of untitled thumbnail thumb placeholder default
+    alt text icon logo banner avatar screenshot download preview click here enlarge view larger full size stock free
+    no description available may contain caption attachment file profile main featured hero header
+"""
+FILLER = frozenset(FILLERS.split())
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 MARKUP = re.compile(r"https?://\S+|www\.\S+|<[a-z!/][^>]*>|&(?:[a-z]{2,8}|#\d{1,6});|\S+@\S+\.\w{2,}", re.IGNORECASE)
 FILE_NAME = re.compile(

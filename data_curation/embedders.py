@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from data_curation.encode import packaged_encoder
 from data_curation.filter_config import HubEmbedder, PackagedEmbedder
 from infra.errors import ConfigError
 
+log = logging.getLogger(__name__)
 BATCH = 16
 Floats = NDArray[np.float32]
 
@@ -86,6 +88,7 @@ class VisionModel:
                 f"embedder {config.model}: {words}; give a folder with safetensors, or a hub id"
             ) from error
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        log.info("embedder %s runs on %s", config.model, self._device)
         self._model: Any = model.eval().to(self._device)
         self.name = f"{model.config.model_type} {config.model}, {revision_of(config.model, model, config.revision)}"
 

@@ -117,10 +117,9 @@ class PackagedEmbedder(Config):
     side: int = Field(default=224, ge=64, le=512, multiple_of=32, description="Pictures are resized to this, px.")
 
 
-class HubEmbedder(Config):
-    """A vision model of transformers: CLIP, SigLIP, DINOv2, or an SSCD converted to that form."""
+class HubModel(Config):
+    """A model of transformers by its place; a folder's digest is part of the stage key."""
 
-    kind: Literal["transformers"] = Field(default="transformers", description="A model read by transformers.")
     model: str = Field(min_length=1, description="Folder, or hub id OWNER/NAME.")
     revision: str | None = Field(default=None, description="Commit of the hub; a folder is known by its weights.")
     fingerprint: str | None = Field(default=None, description="Digest of the folder; None: taken when this is read.")
@@ -129,6 +128,12 @@ class HubEmbedder(Config):
     @classmethod
     def _take_fingerprint(cls, data: Any) -> Any:
         return with_fingerprint(data)
+
+
+class HubEmbedder(HubModel):
+    """A vision model of transformers: CLIP, SigLIP, DINOv2, or an SSCD converted to that form."""
+
+    kind: Literal["transformers"] = Field(default="transformers", description="A model read by transformers.")
 
 
 Embedding = Annotated[PackagedEmbedder | HubEmbedder, Field(discriminator="kind")]
@@ -175,23 +180,15 @@ class ComposedCaptions(Config):
     kind: Literal["composed"] = Field(default="composed", description="Compose from what the source says.")
 
 
-class VisionLanguageModel(Config):
+class VisionLanguageModel(HubModel):
     """A model of transformers that turns a picture into text, such as BLIP, Florence-2 or Qwen-VL."""
 
     kind: Literal["transformers"] = Field(default="transformers", description="A model read by transformers.")
-    model: str = Field(min_length=1, description="Folder, or hub id OWNER/NAME.")
-    revision: str | None = Field(default=None, description="Commit of the hub; a folder is known by its weights.")
-    fingerprint: str | None = Field(default=None, description="Digest of the folder; None: taken when this is read.")
     prompt: str = Field(default="", description="What the model is asked; a chat template is used where it has one.")
     max_new_tokens: int = Field(default=128, ge=1, le=2048, description="Longest caption in tokens.")
     batch_size: int = Field(
         default=8, ge=1, le=1024, description="Pictures at once.", json_schema_extra=UNVERSIONED
     )  # fmt: skip
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_fingerprint(cls, data: Any) -> Any:
-        return with_fingerprint(data)
 
 
 class RecaptionConfig(Config):

@@ -57,7 +57,7 @@ def test_only_missing_long_captions_are_composed(tmp_path: Path, context: Make) 
 
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BLIP that speaks ten words."""
+    """A random BLIP that speaks eight words."""
     import torch
     from transformers import (
         BertTokenizerFast,
@@ -68,22 +68,8 @@ def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
     folder = tmp_path_factory.mktemp("blip")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "[DEC]",
-        "a",
-        "red",
-        "ball",
-        "cat",
-        "dog",
-        "on",
-        "grass",
-        "the",
-    ]
+    spoken = ("a", "red", "ball", "cat", "dog", "on", "grass", "the")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *spoken]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = BertTokenizerFast(vocab=vocabulary, additional_special_tokens=["[DEC]"])
     small = {
