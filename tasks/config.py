@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from data_curation.filter_config import Embedding, PackagedEmbedder
 from infra.config import Config
 from infra.local_files import fingerprint
 from models.evaluation.config import GateConfig, JudgeConfig
@@ -26,13 +27,6 @@ __all__ = [
 ]
 
 PromptSetName = Literal["held_out_basic", "held_out_full", "training", "long"]
-
-
-def _with_fingerprint(data: Any, field: str) -> Any:
-    """A stage's settings with the digest of the folder that a field names, so that other weights make another key."""
-    if isinstance(data, dict) and isinstance(data.get(field), str) and data.get("fingerprint") is None:
-        return data | {"fingerprint": fingerprint(Path(data[field]))}
-    return data
 
 
 class PromptSetConfig(Config):
@@ -92,12 +86,7 @@ class EvaluateConfig(Config):
 class DistributionConfig(Config):
     """Checkpoints' pictures against held-out pictures of the training set, on an embedding."""
 
-    embedding: str = Field(
-        default="packaged",
-        min_length=1,
-        description="`packaged` (EfficientNet-Lite0), or a CLIP or DINOv2: transformers folder or OWNER/NAME@COMMIT",
-    )
-    fingerprint: str | None = Field(default=None, description="Digest of the folder; null: taken when this is read")
+    embedder: Embedding = Field(default=PackagedEmbedder(side=128), description="What turns a picture into a vector")
     aesthetic: Path | None = Field(
         default=None, description="Linear head on the embedding (safetensors: weight, bias) that scores aesthetics"
     )
@@ -109,11 +98,6 @@ class DistributionConfig(Config):
     caption: Literal["short", "long"] = Field(default="short", description="Captions that are drawn")
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind intervals of means")
     seed: int = Field(default=1234, ge=0, description="Chooses pictures and noise")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_fingerprint(cls, data: Any) -> Any:
-        return _with_fingerprint(data, "embedding")
 
 
 class ReportConfig(Config):
@@ -149,7 +133,9 @@ class ModelConfig(Config):
     def _take_fingerprint(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"source": data}
-        return _with_fingerprint(data, "source")
+        if isinstance(data, dict) and isinstance(data.get("source"), str) and data.get("fingerprint") is None:
+            return data | {"fingerprint": fingerprint(Path(data["source"]).expanduser())}
+        return data
 
 
 class FeaturesConfig(Config):

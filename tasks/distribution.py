@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from data_curation.dataset import Batch, Split, TrainingSet
+from data_curation.embedders import Embedder, embedder
 from infra.errors import DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
+from models.evaluation.aesthetic import aesthetic_score
 from models.evaluation.distribution import LEAST, distribution
-from models.evaluation.embedding import Embedding, aesthetic_score, embedding_of, unit
 from models.evaluation.intervals import Score, bootstrap
 from models.evaluation.memorisation import memorisation
 from models.networks.checkpoint import read_card
@@ -76,14 +77,9 @@ def held(data: TrainingSet, resolution: int, split: Split, caption: str, most: i
     return Pictures(images, captions)
 
 
-def embedded(embedding: Embedding, images: list[np.ndarray]) -> np.ndarray:
-    """Features [N, D] of pictures of several sizes."""
-    features: dict[int, np.ndarray] = {}
-    sizes = [image.shape for image in images]
-    for size in dict.fromkeys(sizes):
-        places = [i for i, each in enumerate(sizes) if each == size]
-        features |= dict(zip(places, embedding.pictures(np.stack([images[i] for i in places])), strict=True))
-    return np.stack([features[i] for i in range(len(images))])
+def embedded(embed: Embedder, images: Iterable[np.ndarray]) -> np.ndarray:
+    """Features [N, D] of length 1."""
+    return embed([Image.fromarray(image) for image in images])
 
 
 def resolution_of(data: TrainingSet, checkpoints: Iterable[Path]) -> int:
@@ -97,7 +93,7 @@ class Measured:
     """What all checkpoints are measured against: features of the real halves and of training pictures."""
 
     config: DistributionConfig
-    embedding: Embedding
+    embed: Embedder
     asked: Pictures
     real: np.ndarray
     unseen: np.ndarray
@@ -107,9 +103,9 @@ class Measured:
         """Every measure of pictures of the asked captions; and the nearest training picture of each."""
         rng = np.random.default_rng([self.config.seed, 72])
         found = distribution(features, self.real, self.config.bootstrap, rng)
-        words = self.embedding.texts(self.asked.captions)
+        words = self.embed.texts(self.asked.captions)
         if words is not None:
-            found["image_text"] = self._mean((unit(features) * unit(words)).sum(1), rng)
+            found["image_text"] = self._mean((features * words).sum(1), rng)
         if self.config.aesthetic is not None:
             found["aesthetic"] = self._mean(aesthetic_score(features, self.config.aesthetic), rng)
         if not trained_on or len(self.unseen) * ERROR < 1:
@@ -135,22 +131,20 @@ def measure_distribution(config: DistributionConfig, ctx: StageContext) -> dict[
         )
     order = np.random.default_rng([config.seed, 73]).permutation(len(every.images))
     asked, others = every.part(order[:half]), every.part(order[half : 2 * half])
-    embedding, learnt = (
-        embedding_of(config.embedding),
+    embed, learnt = (
+        embedder(config.embedder),
         held(data, resolution, "train", config.caption, config.training, config.seed),
     )
-    floor, real = embedded(embedding, asked.images), embedded(embedding, others.images)
-    measured = Measured(
-        config, embedding, asked, real, np.concatenate([floor, real]), embedded(embedding, learnt.images)
-    )
+    floor, real = embedded(embed, asked.images), embedded(embed, others.images)
+    measured = Measured(config, embed, asked, real, np.concatenate([floor, real]), embedded(embed, learnt.images))
     scores = {REAL: measured.scores(floor, trained_on=False)[0]}
     jobs = [Job(folder, asked.captions, config.seed) for folder in checkpoints.values()]
     for place, (stage, images) in enumerate(zip(checkpoints, ctx.fan_out(draw, jobs), strict=True)):
-        scores[stage], nearest = measured.scores(embedded(embedding, list(images)))
+        scores[stage], nearest = measured.scores(embedded(embed, images))
         if nearest is not None:
             show_nearest(images, learnt.images, nearest, ctx.out / f"nearest-{stage}.png")
         ctx.progress(place + 1, len(jobs), {})
-    about = {"id": embedding.id, "digest": embedding.digest, "features": int(real.shape[1])}
+    about = {"model": embed.name, "features": int(real.shape[1])}
     record = {
         "embedding": about,
         "resolution": resolution,

@@ -9,11 +9,11 @@ import torch
 from safetensors.numpy import save_file
 
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
+from data_curation.filter_config import HubEmbedder
 from data_curation.manifest import write_table
 from data_curation.scenes import all_scenes, draw_batch, short_caption
 from infra.errors import DataRefused
 from infra.stages import Resources, StageContext, fan_out_here, no_progress
-from models.evaluation.embedding import PackagedEmbedding
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, write_checkpoint
 from models.networks.config import PrxConfig
@@ -67,7 +67,9 @@ def measured(config: DistributionConfig, folder: Path, **inputs: Path) -> dict:
 
 def test_an_untrained_checkpoint_is_far_and_the_floor_is_near(training_set, checkpoint, clip_folder, tmp_path):
     save_file({"weight": np.ones((1, 16)), "bias": np.zeros(1)}, tmp_path / "head.safetensors")
-    config = DistributionConfig(embedding=str(clip_folder), aesthetic=tmp_path / "head.safetensors", bootstrap=40)
+    config = DistributionConfig(
+        embedder=HubEmbedder(model=str(clip_folder)), aesthetic=tmp_path / "head.safetensors", bootstrap=40
+    )
     found = measured(config, tmp_path, data=training_set, start=checkpoint)
     floor, scores = found["scores"]["real"], found["scores"]["start"]
     assert (found["pictures"], found["training"], found["resolution"]) == (60, 60, 32)
@@ -87,7 +89,7 @@ def test_a_copier_is_caught(training_set, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(distribution, "draw", lambda job: np.stack(learnt)[: len(job.prompts)])
     found = measured(DistributionConfig(bootstrap=20), tmp_path, data=training_set, copier=checkpoint)
     assert found["scores"]["copier"]["copied"]["value"] == 1.0
-    assert found["embedding"]["id"] == PackagedEmbedding.id
+    assert found["embedding"]["model"].startswith("efficientnet-lite0 at 128 px")
 
 
 def test_too_few_held_out_pictures_are_refused(training_set, checkpoint, tmp_path, monkeypatch):
