@@ -40,13 +40,16 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         port = free_port()
-        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port,
+                "dashboard_agent_listen_port": free_port()}  # fmt: skip
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": 200_000_000})
         self.jobs_address = f"http://127.0.0.1:{port}"
         self.add_second()
 
     def add_second(self):
-        self.second = self.cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+        self.second = self.cluster.add_node(
+            num_cpus=1, object_store_memory=100_000_000, dashboard_agent_listen_port=free_port()
+        )
 
     def lose_second(self):
         self.cluster.remove_node(self.second, allow_graceful=False)
