@@ -98,7 +98,7 @@ class PlayerOptimizer:
 
     def _source(self, optimizer: torch.optim.Optimizer, index: int) -> torch.Tensor:
         """The module's parameter behind the one at this place of an optimizer's state."""
-        parameter = optimizer.param_groups[0]["params"][index]
+        parameter: torch.nn.Parameter = optimizer.param_groups[0]["params"][index]
         return self.cut_from.get(parameter, parameter)
 
     def load_tensors(self, flat: dict[str, torch.Tensor]) -> None:
