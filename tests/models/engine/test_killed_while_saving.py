@@ -50,8 +50,13 @@ def objective(tiny) -> FlowMatching:
     return FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa, phases=phases)
 
 
-def child(tiny, folder: Path, told: Path | None = None, kill_in: int | None = None, at: int = 0) -> int:
-    """Train in a process of its own, which kills itself at the `at`-th file operation of the save after step `kill_in`."""
+def child(
+    tiny, folder: Path, told: Path | None = None, kill_in: int | None = None, at: int = 0, wait_after: int | None = None
+) -> int:
+    """Train in a process of its own, which kills itself at the `at`-th file operation of the save after step `kill_in`.
+
+    Or waits to be killed once the save after step `wait_after` is done, if it was not killed in it.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -68,6 +73,8 @@ def child(tiny, folder: Path, told: Path | None = None, kill_in: int | None = No
     current = [-1]
 
     def batches(step: int) -> Batch:
+        if step == wait_after:
+            time.sleep(120)
         current[0] = step + 1  # the save after this step
         return epochs(step)
 
@@ -117,10 +124,11 @@ def test_killed_at_random_file_operations_of_two_saves(tiny, straight, tmp_path:
 def test_killed_from_outside_while_files_are_written(tiny, straight, tmp_path: Path) -> None:
     expected, rng, kills = straight[0], random.Random(1), 0
     for step in (3, 5, 7):
-        pid = child(tiny, tmp_path / "broken")
-        partial = tmp_path / "broken" / "checkpoints" / f".partial-{step:08d}"
+        pid = child(tiny, tmp_path / "broken", wait_after=step)
+        checkpoints = tmp_path / "broken" / "checkpoints"
+        partial, final = checkpoints / f".partial-{step:08d}", checkpoints / f"step-{step:08d}"
         until = time.monotonic() + 60
-        while not partial.exists() and time.monotonic() < until:
+        while not (partial.exists() or final.exists()) and time.monotonic() < until:
             pass
         time.sleep(rng.random() * 0.002)
         os.kill(pid, signal.SIGKILL)
