@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from PIL import Image
 
-from data_curation.embedders import revision_of
 from data_curation.filter_config import ComposedCaptions, VisionLanguageModel
-from infra.errors import ConfigError
+from data_curation.hub_models import load
 
-log = logging.getLogger(__name__)
 COMPOSED = "composed 1"  # the version of the sentences below
 SENTENCES = ("title", "page_title", "alt", "alt_text", "description")
 LISTED = {"tags": "Tags", "keywords": "Keywords", "place": "Place", "author": "By"}
@@ -78,25 +75,14 @@ class Writer:
     """An image-to-text model of transformers, greedy, so that the same picture gets the same words."""
 
     def __init__(self, config: VisionLanguageModel) -> None:
-        import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        where = {"revision": config.revision} if config.revision else {}
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(config.model, **where)
-            model = AutoModelForImageTextToText.from_pretrained(config.model, use_safetensors=True, **where)
-        except (OSError, ValueError) as error:
-            words = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"captioner {config.model}: {words}; give a folder of an image-to-text model, or a hub id"
-            ) from error
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        log.info("captioner %s runs on %s", config.model, self._device)
-        self._model: Any = model.eval().to(self._device)
+        wanted = "a folder of an image-to-text model"
+        found = load("captioner", config, AutoModelForImageTextToText, AutoProcessor, wanted)
+        self._model, self._processor, self._device = found.model, found.processor, found.device
         self._config, self.batch = config, config.batch_size
         self._processor.tokenizer.padding_side = "left"  # all prompts end where the answer starts
-        pinned = revision_of(config.model, model, config.revision)
-        self.name = f"{model.config.model_type} {config.model}, {pinned}, prompt {config.prompt!r}"
+        self.name = f"{found.name}, prompt {config.prompt!r}"
 
     def __call__(self, subjects: Sequence[Subject]) -> list[str]:
         """One caption a picture."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +19,8 @@ from PIL import Image
 
 from data_curation.encode import packaged_encoder
 from data_curation.filter_config import HubEmbedder, PackagedEmbedder
-from infra.errors import ConfigError
-from infra.local_files import weights_digest
+from data_curation.hub_models import load, pinned
 
-log = logging.getLogger(__name__)
 BATCH = 16
 Floats = NDArray[np.float32]
 
@@ -84,23 +81,11 @@ class VisionModel:
     """The picture tower of a transformers model: `get_image_features` where it has one (CLIP), else the pooled output."""
 
     def __init__(self, config: HubEmbedder) -> None:
-        import torch
         from transformers import AutoImageProcessor, AutoModel
 
-        where = {"revision": config.revision} if config.revision else {}
-        self._source, self._where = config.model, where
-        try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(config.model, use_fast=False, **where)
-            model = AutoModel.from_pretrained(config.model, use_safetensors=True, **where)
-        except (OSError, ValueError) as error:
-            words = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"embedder {config.model}: {words}; give a folder with safetensors, or a hub id"
-            ) from error
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        log.info("embedder %s runs on %s", config.model, self._device)
-        self._model: Any = model.eval().to(self._device)
-        self.name = f"{model.config.model_type} {config.model}, {revision_of(config.model, model, config.revision)}"
+        found = load("embedder", config, AutoModel, AutoImageProcessor, "a folder with safetensors", use_fast=False)
+        self._config, self._model, self._processor, self._device = config, found.model, found.processor, found.device
+        self.name = found.name
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Floats:
         """Vectors [N, D]."""
@@ -124,7 +109,7 @@ class VisionModel:
 
         if not hasattr(self._model, "get_text_features"):
             return None
-        tokenizer = AutoTokenizer.from_pretrained(self._source, **self._where)
+        tokenizer = AutoTokenizer.from_pretrained(self._config.model, **pinned(self._config))
 
         def vectors(part: Sequence[str]) -> Floats:
             asked = tokenizer(list(part), return_tensors="pt", padding=True, truncation=True).to(self._device)
@@ -139,14 +124,6 @@ def _array(found: Any) -> Floats:
     tensor = getattr(found, "pooler_output", found)
     values: Floats = tensor.float().cpu().numpy()
     return values
-
-
-def revision_of(source: str, model: Any, asked: str | None) -> str:
-    """What pins a model: the hub's commit, or for a folder the sha256 of its weights."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return f"revision {getattr(model.config, '_commit_hash', None) or asked or 'unknown'}"
-    return f"weights {weights_digest(folder)[:12]}"
 
 
 def _unit(parts: list[Floats]) -> Floats:

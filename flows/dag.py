@@ -66,25 +66,18 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
 def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
     function = SOURCES[data.source.kind]
-    last, more = "quality", list[StageSpec]()
-    if data.captions is not None:
-        more.append(spec_of("captions", "filter_captions", data.captions, rows=last))
-        last = "captions"
-    if data.redecide is not None:
-        more.append(spec_of("redecide", "redecide", data.redecide, rows=last))
-        last = "redecide"
-    if data.decontaminate is not None:
-        more.append(spec_of("decontaminate", "decontaminate", data.decontaminate, rows=last, images="download"))
-        last = "decontaminate"
-    if data.semantic is not None:
-        more.append(spec_of("semantic", "semantic_dedup", data.semantic, rows=last, images="download"))
-        last = "semantic"
-    if data.safety is not None:
-        more.append(spec_of("safety", "filter_safety", data.safety, rows=last, images="download"))
-        last = "safety"
-    if data.recaption is not None:
-        more.append(spec_of("recaption", "recaption", data.recaption, rows=last, images="download"))
-        last = "recaption"
+    last, more, images = "quality", list[StageSpec](), {"images": "download"}
+    for name, stage, settings, beside in (
+        ("captions", "filter_captions", data.captions, {}),
+        ("redecide", "redecide", data.redecide, {}),
+        ("decontaminate", "decontaminate", data.decontaminate, images),
+        ("semantic", "semantic_dedup", data.semantic, images),
+        ("safety", "filter_safety", data.safety, images),
+        ("recaption", "recaption", data.recaption, images),
+    ):
+        if settings is not None:
+            more.append(spec_of(name, stage, settings, rows=last, **beside))
+            last = name
     return [
         spec_of("source", function, data.source, **known),
         spec_of("download", "download", data.download, source="source"),

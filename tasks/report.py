@@ -66,7 +66,8 @@ def render(
     lineage = lineage_rows(ctx.parents)
     text: str = template("report.html").render(
         config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
-        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx), distribution=distribution_table(ctx),
+        by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx),
+        distribution=distribution_table(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
         curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),

@@ -7,7 +7,7 @@ its pixels are ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -75,14 +75,17 @@ def euler_step(
     return x_t + (t_next - t).view(-1, 1, 1, 1) * v
 
 
+Step = Callable[..., torch.Tensor]  # as euler_step
+
+
 @torch.no_grad()
 def integrate(
     denoiser: Denoiser, noise: torch.Tensor, times: Sequence[float], tokens: torch.Tensor, mask: torch.Tensor,
-    null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
+    null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor, step: Step = euler_step,
 ) -> torch.Tensor:  # fmt: skip
-    """From noise [B, C, H, W] through all `times` to the picture or latent."""
+    """From noise [B, C, H, W] through all `times` to the picture or latent, a `step` (Euler's or Heun's) at a time."""
     x = noise
     for t, t_next in pairwise(times):
         now, then = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
-        x = euler_step(denoiser, x, now, then, tokens, mask, null, guidance)
+        x = step(denoiser, x, now, then, tokens, mask, null, guidance)
     return x

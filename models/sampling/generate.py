@@ -15,8 +15,9 @@ from models.networks.codec import Pixels
 from models.networks.denoiser import Denoiser
 from models.networks.families import Surroundings
 from models.networks.text_features import PackagedText
-from models.sampling import euler, heun
+from models.sampling.euler import euler_step, integrate
 from models.sampling.few_step import renoise
+from models.sampling.heun import heun_step
 from models.sampling.times import times_of
 
 REMEMBERED = 16_384  # prompts whose features are kept
@@ -104,8 +105,8 @@ class Generator:
                 x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
             else:
                 cut = (null[0][:, :used], null[1][:, :used])
-                integrate = heun.integrate if card.sampler == "heun" else euler.integrate
-                x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength)
+                step = heun_step if card.sampler == "heun" else euler_step
+                x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength, step)
             pictures.append(codec.pictures(x).numpy())
         return np.concatenate(pictures)
 

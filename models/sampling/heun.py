@@ -6,27 +6,19 @@ FlowMatchHeunDiscreteScheduler does. One Euler step of size 1/N at the end does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 
 from models.networks.denoiser import Denoiser
 from models.sampling.euler import guided_velocity
 
 
-@torch.no_grad()
-def integrate(
-    denoiser: Denoiser, noise: torch.Tensor, times: Sequence[float], tokens: torch.Tensor, mask: torch.Tensor,
-    null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
+def heun_step(
+    denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, tokens: torch.Tensor,
+    mask: torch.Tensor, null: tuple[torch.Tensor, torch.Tensor], guidance: float | torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """From noise [B, C, H, W] through all `times` to the picture or latent."""
-    x = noise
-    for t, t_next in pairwise(times):
-        now, then = x.new_full((len(x),), t), x.new_full((len(x),), t_next)
-        step = (then - now).view(-1, 1, 1, 1)
-        v = guided_velocity(denoiser, x, now, tokens, mask, null, guidance)
-        if t_next > 0:
-            v = 0.5 * (v + guided_velocity(denoiser, x + step * v, then, tokens, mask, null, guidance))
-        x = x + step * v
-    return x
+    """x at t_next [B] from x at t [B]; t_next is 0 for all or for none."""
+    step = (t_next - t).view(-1, 1, 1, 1)
+    v = guided_velocity(denoiser, x_t, t, tokens, mask, null, guidance)
+    if bool((t_next > 0).all()):
+        v = 0.5 * (v + guided_velocity(denoiser, x_t + step * v, t_next, tokens, mask, null, guidance))
+    return x_t + step * v
