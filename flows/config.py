@@ -71,6 +71,23 @@ class PosttrainConfig(Config):
         """Whether a stage reads preference pairs."""
         return self.dpo is not None or self.reward_model is not None
 
+    @property
+    def judged(self) -> list[str]:
+        """What asks the demo's judge, and what to set instead."""
+        found = []
+        if self.needs_pairs and self.pairs_table is None and self.pairs.source == "judge":
+            found.append("posttrain.pairs.source to data")
+        if self.dpo is not None and self.dpo.guard is not None:
+            found.append("posttrain.dpo.guard to null")
+        for stage in self.online:
+            if any(term.kind == "judge" for term in stage.rewards):
+                found.append(f"posttrain.{stage.name}.rewards to [{{kind: model}}] or [{{kind: sharpness}}]")
+            if stage.guard is not None:
+                found.append(f"posttrain.{stage.name}.guard to null")
+        if self.prompt_enhancer is not None and self.prompt_enhancer.check is not None:
+            found.append("posttrain.prompt_enhancer.check to null")
+        return found
+
     @model_validator(mode="after")
     def _branches_fit(self) -> PosttrainConfig:
         if self.hands_on is not None and self.hands_on not in self.branches:
@@ -153,11 +170,8 @@ class LifecycleConfig(Config):
         if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
             raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
                              "personalize, mix and distill to []")  # fmt: skip
-        enhancer = self.posttrain.prompt_enhancer
-        if self.model is not None and enhancer is not None and enhancer.check is not None:
-            raise ValueError(
-                "posttrain.prompt_enhancer.check draws the demo's scenes, which a foreign model does not know; set it to null"
-            )
+        if self.model is not None and (judged := self.posttrain.judged):
+            raise ValueError(f"the judge knows the demo's scenes, a foreign model does not; change {'; '.join(judged)}")
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 
 from infra.config import digest_of
+from infra.logging import ShortLines, also
 from infra.stages import StageSpec
 
 Record = dict[str, Any]
 GPU_TAG = "t2i-gpu"  # of training stages: the server lets so many run at once as its limit of this name says
+
+
+class StageLines(APILogHandler):
+    """The log of a stage, from all threads and with secrets masked, as the log of its Prefect task."""
+
+    def __init__(self, run: TaskRunContext) -> None:
+        super().__init__()
+        self.setFormatter(ShortLines(tracebacks=True))
+        self.ids = {"flow_run_id": run.task_run.flow_run_id, "task_run_id": run.task_run.id}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue one line; Prefect sends them in the background."""
+        record = copy.copy(record)
+        vars(record).update(self.ids)
+        super().emit(record)
 
 
 class PrefectCall:
@@ -29,7 +49,10 @@ class PrefectCall:
         cache_key = f"{spec.name}-{key}-{self.place}"
 
         def run_stage(inputs: dict[str, Any]) -> Record:
-            return body()
+            run = TaskRunContext.get()
+            assert run is not None  # we are a task
+            with also(StageLines(run)):
+                return body()
 
         task = Task(
             fn=run_stage,
