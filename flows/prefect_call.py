@@ -13,6 +13,7 @@ from prefect.context import TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 
+from flows.run import Run
 from infra.config import digest_of
 from infra.logging import ShortLines, also
 from infra.stages import StageSpec
@@ -21,18 +22,18 @@ Record = dict[str, Any]
 GPU_TAG = "t2i-gpu"  # of training stages: the server lets so many run at once as its limit of this name says
 
 
-class StageLines(APILogHandler):
-    """The log of a stage, from all threads and with secrets masked, as the log of its Prefect task."""
+class PrefectLines(APILogHandler):
+    """What a run logs, from all threads and with secrets masked, in its flow run; under a stage's task what the stage logs."""
 
-    def __init__(self, run: TaskRunContext) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.setFormatter(ShortLines(tracebacks=True))
-        self.ids = {"flow_run_id": run.task_run.flow_run_id, "task_run_id": run.task_run.id}
+        self.flow_run_id = flow_run.id
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue one line; Prefect sends them in the background."""
-        record = copy.copy(record)
-        vars(record).update(self.ids)
+        task, record = TaskRunContext.get(), copy.copy(record)
+        vars(record).update(flow_run_id=self.flow_run_id, task_run_id=None if task is None else task.task_run.id)
         super().emit(record)
 
 
@@ -42,6 +43,11 @@ class PrefectCall:
     def __init__(self, root: str) -> None:
         self.place = digest_of(root)[:8]  # Prefect's results may serve several roots
 
+    def execute(self, run: Run) -> Record:
+        """Execute a run of the flow run at work, and log into it."""
+        with also(PrefectLines()):
+            return run.execute(self)
+
     def __call__(
         self, spec: StageSpec, key: str, fresh: bool, inputs: Mapping[str, Any], body: Callable[[], Record], /
     ) -> Record:
@@ -49,10 +55,7 @@ class PrefectCall:
         cache_key = f"{spec.name}-{key}-{self.place}"
 
         def run_stage(inputs: dict[str, Any]) -> Record:
-            run = TaskRunContext.get()
-            assert run is not None  # we are a task
-            with also(StageLines(run)):
-                return body()
+            return body()
 
         task = Task(
             fn=run_stage,

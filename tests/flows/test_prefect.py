@@ -94,7 +94,9 @@ def test_what_a_stage_logs_is_its_task_s_log_without_secrets(lifecycle, counts, 
                 break
             time.sleep(0.2)
     assert {line.message for line in ours} == {f"{stage}: makes 1 with ***" for stage in ("source", "judge", "report")}
-    assert len({line.task_run_id for line in ours}) == 3
+    assert len({line.task_run_id for line in ours} - {None}) == 3
+    told = {line.message: line.task_run_id for line in lines if line.name == "flows.run"}
+    assert told["stage 3/5 pretrain: RUN (not made yet)"] is None
 
 
 def _newest():
