@@ -113,7 +113,7 @@ def network_alone(root: str, texts: list[str]) -> float:
     generator, lanes, seconds = models.generator(model, ()), Lanes(config.batch), []
     for seed, text in enumerate(texts):
         card = model.card
-        look = Look(model, (), card.side, card.side, 1, 1.0, text_length(generator, text))
+        look = Look(model, (), card.side, card.side, 1, 1.0, card.sampler, text_length(generator, text))
         began = time.perf_counter()
         draw([Job(look, models, text, seed)], lanes)
         seconds.append(time.perf_counter() - began)

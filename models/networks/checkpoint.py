@@ -61,10 +61,14 @@ def transformer_folder(checkpoint: Path, card: SamplingCard, steps: int) -> Path
     return own if steps != card.steps and own.exists() else checkpoint / "transformer"
 
 
-def check_steps(card: SamplingCard, steps: int, guidance: float) -> None:
+def check_steps(card: SamplingCard, steps: int, guidance: float, sampler: str | None = None) -> None:
     """Refuse to sample a student as it was not trained."""
     if not card.distilled:
         return
+    if sampler not in (None, card.sampler):
+        raise ValueError(
+            f"sampler={sampler} was not trained: this {card.method} student takes {card.sampler} steps; leave sampler out"
+        )
     if card.trained_steps is not None and steps not in card.trained_steps:
         raise ValueError(
             f"steps={steps} was not trained: this {card.method} student takes {sorted(card.trained_steps)} steps; "

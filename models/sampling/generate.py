@@ -77,8 +77,12 @@ class Generator:
         guidance: float | None = None,
         batch_size: int = BATCH,
         num_tokens: int | None = None,
+        sampler: str | None = None,
     ) -> np.ndarray:
-        """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded; `num_tokens` fixes the length of the text."""
+        """As `sample`, but float32 [N, 3, H, W], about -1 to 1, not rounded; `num_tokens` fixes the length of the text.
+
+        `sampler` (euler, heun) takes the place of the card's.
+        """
         card = self.card
         width, height = width or card.side, height or card.side
         codec = self.around.codec
@@ -90,9 +94,9 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed a picture")
         steps = card.steps if steps is None else steps
         strength = card.guidance if guidance is None else guidance
-        check_steps(card, steps, strength)
+        check_steps(card, steps, strength, sampler)
         times = times_of(card.scheduler, card.shift_rule, steps, shape[1] * shape[2] // self.denoiser.patch_size**2)
-        denoiser = self.others.get(steps, self.denoiser)
+        denoiser, chosen = self.others.get(steps, self.denoiser), sampler or card.sampler
         null = self.features([""])
         pictures = []
         for start in range(0, len(prompts), batch_size):
@@ -101,11 +105,11 @@ class Generator:
             used = longest if num_tokens is None else num_tokens
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-            if card.sampler == "renoise":
+            if chosen == "renoise":
                 x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
             else:
                 cut = (null[0][:, :used], null[1][:, :used])
-                step = heun_step if card.sampler == "heun" else euler_step
+                step = heun_step if chosen == "heun" else euler_step
                 x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength, step)
             pictures.append(codec.pictures(x).numpy())
         return np.concatenate(pictures)

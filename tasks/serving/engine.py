@@ -43,6 +43,7 @@ class Look:
     height: int
     steps: int
     guidance: float
+    sampler: str
     num_tokens: int
 
 
@@ -163,7 +164,7 @@ def draw(jobs: Sequence[Job], lanes: Lanes) -> np.ndarray:
         generator.features([prompt])  # alone, because a batch's padding may change the last bit
     drawn = generator.draw(
         [job.prompt for job in filled], [job.seed for job in filled], look.width, look.height, look.steps,
-        look.guidance, lane, look.num_tokens,
+        look.guidance, lane, look.num_tokens, look.sampler,
     )  # fmt: skip
     return to_uint8(torch.from_numpy(drawn[: len(jobs)]))
 

@@ -48,7 +48,7 @@ async def pictures(engine: Engine, config: ServeConfig, asked: ImagesRequest, re
     ]
     return {
         "created": int(time.time()), "data": data, "output_format": "png", "size": f"{look.width}x{look.height}",
-        "model": look.model.name, "steps": look.steps, "guidance": look.guidance,
+        "model": look.model.name, "steps": look.steps, "guidance": look.guidance, "sampler": look.sampler,
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> tuple[
     alias = asked.model.removeprefix("student-") if asked.model and asked.model in models.aliases else ""
     steps = asked.steps or (int(alias) if alias.isdigit() else card.steps)
     guidance = card.guidance if asked.guidance is None else asked.guidance
-    check_steps(card, steps, guidance)
+    check_steps(card, steps, guidance, asked.sampler)
     loras = tuple(sorted((name, weight) for name, weight in asked.loras.items() if weight))
     generator = models.generator(model, loras)
     denoiser, factor = generator.denoiser, generator.around.codec.factor
@@ -91,7 +91,8 @@ def look_of(models: Models, config: ServeConfig, asked: ImagesRequest) -> tuple[
         raise ConfigError(f"the prompt has {count} tokens, the model reads {encode.longest}; shorten it")
     prompt = models.enhanced(asked.prompt, model, loras).revised if asked.enhance else asked.prompt
     prompt = prompt if encode.count(prompt) <= encode.longest else asked.prompt
-    return Look(model, loras, width, height, steps, guidance, text_length(generator, prompt)), prompt
+    sampler = asked.sampler or card.sampler
+    return Look(model, loras, width, height, steps, guidance, sampler, text_length(generator, prompt)), prompt
 
 
 async def _drawn(jobs: list[Job], request: Request) -> list[np.ndarray]:
@@ -119,6 +120,7 @@ def _png(picture: np.ndarray, job: Job) -> bytes:
         "seed": job.seed,
         "steps": look.steps,
         "guidance": look.guidance,
+        "sampler": look.sampler,
         "loras": dict(look.loras),
     }
     Image.fromarray(picture).save(out, "PNG", pnginfo=stamp(look.model.artifact, **about))

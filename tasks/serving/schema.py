@@ -1,4 +1,4 @@
-"""What the images API takes and gives: OpenAI's fields, then ours (seed, steps, guidance, loras, enhance)."""
+"""What the images API takes and gives: OpenAI's fields, then ours (seed, steps, guidance, sampler, loras, enhance)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class ImagesRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=1, le=30)
+    sampler: Literal["euler", "heun"] | None = None
     loras: dict[str, float] = Field(default_factory=dict, max_length=8)
     enhance: bool = True
 

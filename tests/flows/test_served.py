@@ -58,7 +58,9 @@ def served(tmp_path_factory, told, until):
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": database, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         }  # fmt: skip
         values.pop("PREFECT_API_URL", None)
-        up = subprocess.Popen([*command, "--notify", told[0]], env=values, start_new_session=True, cwd=root.parent)
+        up = subprocess.Popen(
+            [*command, "--notify", told[0], "--silent", "60"], env=values, start_new_session=True, cwd=root.parent
+        )
         url = f"http://127.0.0.1:{port}/api"
         try:
             until(lambda: up.poll() is not None or healthy(url))
@@ -151,23 +153,47 @@ def test_a_failed_run_is_told(served, client, told, until):
     assert str(run.id) in body["run"]
 
 
-def test_a_cancelled_run_leaves_no_process(served, client, until):
+def _training(served, client, until, name, seed):
+    """A run that is in the middle of a long training, and its processes."""
     import psutil
-    from prefect.states import Cancelling
 
     deployment = until(lambda: client.read_deployment_by_name("lifecycle/lifecycle"))
-    config = {**deployment.parameters["config"], "name": "cancelled", "seed": 7}
+    config = {**deployment.parameters["config"], "name": name, "seed": seed}
     config["pretrain"][0]["train"]["steps"] = 100_000
-    run = client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
     scratch = served[1] / ".scratch"
-    until(lambda: list(scratch.glob("pretrain-32-*/work/checkpoints/step-*")))
+    before = set(scratch.glob("pretrain-32-*"))
+    run = client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
+    until(
+        lambda: [
+            each for each in scratch.glob("pretrain-32-*/work/checkpoints/step-*") if each.parents[2] not in before
+        ]
+    )
     process = next(each for each in psutil.process_iter(["environ"]) if _flow_run(each) == str(run.id))
-    family = [process, *process.children(recursive=True)]
+    return run, [process, *process.children(recursive=True)]
+
+
+def test_a_cancelled_run_leaves_no_process(served, client, until):
+    from prefect.states import Cancelling
+
+    run, family = _training(served, client, until, "cancelled", 7)
     client.set_flow_run_state(run.id, Cancelling())  # what the Cancel button does
     until(lambda: client.read_flow_run(run.id).state_name == "Cancelled", 30)
     until(lambda: not any(each.is_running() for each in family), 30)
     record = next(json.loads(path.read_text()) for path in (served[1] / "runs").glob("cancelled-*.json"))
     assert record["outcome"] == "interrupted"
+
+
+def test_a_run_that_falls_silent_is_called_crashed_and_told(served, client, told, until):
+    run, family = _training(served, client, until, "silent", 8)
+    try:
+        for each in family:
+            each.suspend()  # neither dead nor alive: only the missing heartbeat tells
+        until(lambda: client.read_flow_run(run.id).state_name == "Crashed", 300)
+        assert "no heartbeat for 60 s" in client.read_flow_run(run.id).state.message
+        until(lambda: any(str(run.id) in each["run"] and each["text"].endswith("Crashed") for each in told[1]), 60)
+    finally:
+        for each in family:
+            each.kill()
 
 
 def _flow_run(process):

@@ -9,12 +9,13 @@ import time
 import httpx
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from infra.errors import ConfigError
-from models.sampling.generate import load_generator
+from models.sampling.generate import load_generator, to_uint8
 from tasks.lineage import STAMP
 from tasks.serving.engine import Ending, Look
 from tasks.serving.models import models_of
@@ -78,6 +79,20 @@ def test_a_picture_is_what_the_checkpoint_draws_and_says_where_it_is_from(servin
     assert '"seed": 6' in said
 
 
+def test_a_request_chooses_its_sampler(serving):
+    app, engine = serving(batch=1)
+    asked = {"prompt": PROMPT, "model": "teacher", "seed": 5, "steps": 4}
+    answers = {name: TestClient(app).post(IMAGES, json={**asked, "sampler": name}).json() for name in ("euler", "heun")}
+    assert [answers[name]["sampler"] for name in answers] == ["euler", "heun"]
+    served = engine.models.find("teacher")
+    assert served.card.sampler == "euler"
+    heun = load_generator(served.folder).draw([PROMPT], [5], steps=4, sampler="heun", batch_size=1)
+    want = to_uint8(torch.from_numpy(heun))[0]
+    got = {name: np.asarray(picture(answer["data"][0])).astype(int) for name, answer in answers.items()}
+    assert np.abs(got["heun"] - want).max() <= 1
+    assert not np.array_equal(got["euler"], got["heun"])
+
+
 def test_eight_at_once_are_bit_equal_to_one_after_another(serving):
     app, engine = serving()
     asked = [
@@ -125,6 +140,8 @@ def test_loras_by_name_and_mixed_change_the_picture_as_their_deltas_say(serving)
     [
         ({"steps": 2}, r"steps=2 was not trained.*\[1, 4\]"),
         ({"guidance": 3.0}, "would be applied twice"),
+        ({"sampler": "heun"}, "sampler=heun was not trained"),
+        ({"sampler": "ddim"}, "'euler' or 'heun'"),
         ({"model": "nobody"}, "model 'nobody' is not served; choose one of student-1"),
         ({"size": "17x16"}, "multiples of 4"),
         ({"size": "640x640"}, "at most 4 times 16x16"),
@@ -259,7 +276,7 @@ def test_openais_client_works_unchanged(serving, live):
 def test_ending_draws_what_is_queued_and_takes_nothing_new(serving):
     _, engine = serving()
     model = engine.models.find("fast")
-    look = Look(model, (), 16, 16, 1, 1.0, 16)
+    look = Look(model, (), 16, 16, 1, 1.0, model.card.sampler, 16)
     jobs = engine.submit(engine.models, look, PROMPT, range(20))
     engine.end()
     assert all(job.done.result().shape == (16, 16, 3) for job in jobs)

@@ -114,7 +114,7 @@ def test_a_damaged_champion_changes_nothing(new_run, tmp_path):
 def test_a_lane_is_used_only_if_it_gives_the_largest_one_s_bits(new_run, monkeypatch):
     models = models_of(new_run("toy", 7), "toy")
     fast = models.find("student-1")
-    look, generator = Look(fast, (), 16, 16, 1, 1.0, 16), load_generator(fast.folder)
+    look, generator = Look(fast, (), 16, 16, 1, 1.0, fast.card.sampler, 16), load_generator(fast.folder)
     assert Lanes(6).sizes == (1, 2, 4, 6)
     found = proven(generator, look, (1, 2, 4))
     assert found[-1] == 4 or found == (1,)
