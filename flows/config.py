@@ -158,6 +158,15 @@ class LifecycleConfig(Config):
             raise ValueError(
                 "posttrain.prompt_enhancer.check draws the demo's scenes, which a foreign model does not know; set it to null"
             )
+        detector = self.evaluate.detector
+        if self.model is None and detector is not None and detector.clip is None:
+            raise ValueError("evaluate.detector names the backgrounds of the demo's scenes too; give it a clip")
+        post = self.posttrain
+        pairs = None if post.pairs_table is not None or not post.needs_pairs else post.pairs
+        if self.model is not None and pairs is not None and pairs.source == "judge" and pairs.hub is None:
+            raise ValueError(
+                "the demo's judge cannot rank a foreign model's pictures; set posttrain.pairs.hub to a reward, or source to data"
+            )
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "

@@ -61,6 +61,11 @@ class Prompt:
         """Every class it speaks of."""
         return {clause.name for clause in (*self.include, *self.exclude)}
 
+    @property
+    def asks_colour(self) -> bool:
+        """Whether a clause asks for one."""
+        return any(clause.colour is not None for clause in self.include)
+
 
 NameColours = Callable[[Sequence[Found], str], list[str]]  # objects of a class, the class -> their colours
 
