@@ -14,7 +14,7 @@ from infra.stages import UNVERSIONED
 from models.evaluation.geneval import read_prompts
 
 SEGMENTERS = ("mask2former",)
-CLOSED = ("detr", "conditional_detr", "deformable_detr", "rt_detr", "yolos")
+CLOSED = ("detr", "conditional_detr", "yolos")
 OPEN = ("owlvit", "owlv2")
 
 

@@ -23,6 +23,7 @@ from models.evaluation.geneval import Box, Found
 ALSO = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's names, GenEval's
 WANTED = f"a folder with safetensors of one of {', '.join((*SEGMENTERS, *CLOSED, *OPEN))}"
 ROLE = "detector"
+QUERY = "a photo of a {}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,8 +47,16 @@ class Detector:
         self._labels = [] if self.kind in OPEN else _labels(found.model.config.id2label)
 
     def refuse_unknown(self, names: Sequence[str]) -> None:
-        """ConfigError for a class that the model has not learnt; one that is told the names has no such limit."""
-        unknown = sorted(set(names) - set(self._labels)) if self.kind not in OPEN else []
+        """ConfigError for a class that the model has not learnt, or a name that is too long for one that is told them."""
+        if self.kind in OPEN:
+            most = self._processor.tokenizer.model_max_length
+            long = [name for name in names if len(self._processor.tokenizer(QUERY.format(name))["input_ids"]) > most]
+            if long:
+                raise ConfigError(
+                    f"detector {self.config.model} reads {most} tokens, {long[0]!r} has more; ask for a shorter name"
+                )
+            return
+        unknown = sorted(set(names) - set(self._labels))
         if unknown:
             raise ConfigError(
                 f"detector {self.config.model} does not know {', '.join(unknown[:5])} ({len(unknown)} of {len(set(names))} "
@@ -63,7 +72,7 @@ class Detector:
         return [[found for found in picture if found.name in wanted] for part in parts for picture in part]
 
     def _batch(self, images: Sequence[Image.Image], names: list[str], above: float) -> list[list[Found]]:
-        asked = {"text": [[f"a photo of a {name}" for name in names]] * len(images)} if self.kind in OPEN else {}
+        asked = {"text": [[QUERY.format(name) for name in names]] * len(images)} if self.kind in OPEN else {}
         inputs = self._processor(images=list(images), return_tensors="pt", **asked).to(self._device)
         outputs, sizes = self._model(**inputs), [(image.height, image.width) for image in images]
         if self.kind in SEGMENTERS:
