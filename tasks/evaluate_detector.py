@@ -12,14 +12,14 @@ from PIL import Image
 
 from infra.errors import ConfigError, DataRefused
 from infra.local_files import fingerprint
-from models.evaluation.clip import Clip
+from models.evaluation.clip import clip_of
 from models.evaluation.colours import Colours
 from models.evaluation.config import ClipConfig, DetectorConfig, PromptFile
 from models.evaluation.detector import detector
 from models.evaluation.geneval import COUNTING, Prompt, answer, read_prompts, surest
 from models.evaluation.judge import Judge
 from models.evaluation.prompt_categories import Seen, arranged, seen
-from models.posttraining.clip_reward import hub_scores, towers
+from models.posttraining.clip_reward import hub_scores
 from tasks.config import EvaluateConfig
 
 GENEVAL = "geneval"
@@ -29,7 +29,7 @@ Eyes = Callable[[np.ndarray], list[Seen]]  # pictures uint8 [N, S, S, 3] -> what
 @functools.lru_cache(maxsize=1)
 def colours(config: ClipConfig) -> Colours:
     """What names colours, loaded once a process."""
-    return Colours(Clip(config, "detector's clip"))
+    return Colours(clip_of(config))
 
 
 def eyes(config: EvaluateConfig, judge: Judge) -> Eyes:
@@ -101,4 +101,4 @@ def models_asked(config: EvaluateConfig) -> dict[str, str]:
     found = {} if config.detector is None else {"detector": detector(config.detector).name}
     if config.detector is not None and config.detector.clip is not None:
         found["colours"] = colours(config.detector.clip).clip.name
-    return found | {f"hub_{reward.label}": towers(reward).name for reward in config.rewards}
+    return found | {f"hub_{reward.label}": clip_of(reward).name for reward in config.rewards}

@@ -8,6 +8,7 @@ Pillow 13 goes down first on some oblong pictures, which shows where the filter 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from infra.errors import ConfigError
-from infra.hub_models import load
+from infra.hub_models import load, pinned, reading
 from models.evaluation.config import ClipConfig
 
 FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
@@ -83,16 +84,28 @@ def centre(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return x[:, :, top : top + height, left : left + width]
 
 
+def clip_of(config: ClipConfig) -> Clip:
+    """The CLIP of a configuration, loaded once a process however it is used."""
+    return _loaded(ClipConfig(**{name: getattr(config, name) for name in ClipConfig.model_fields}))
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(config: ClipConfig) -> Clip:
+    return Clip(config)
+
+
 class Clip:
     """Both towers, frozen; `name` is model and revision, `scale` what its training multiplied the cosine by."""
 
-    def __init__(self, config: ClipConfig, role: str = "CLIP") -> None:
+    def __init__(self, config: ClipConfig) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        found = load(role, config, CLIPModel, AutoTokenizer, WANTED, config.processor)
+        found = load("CLIP", config, CLIPModel, AutoTokenizer, WANTED, config.processor)
         place = config.processor or config
-        images = load_processor(AutoImageProcessor, role, place)
-        self.model, self.tokenizer, self.device = found.model.requires_grad_(False), found.processor, found.device
+        with reading("CLIP", place.model, WANTED):  # by Pillow, so that a machine with torchvision sees the same pixels
+            images = AutoImageProcessor.from_pretrained(place.model, use_fast=False, **pinned(place))
+        self.model = found.model.float().requires_grad_(False)  # weights may be stored in halves
+        self.tokenizer, self.device = found.processor, found.device
         self.name, self.scale = found.name, float(found.model.logit_scale.exp())
         self.longest = int(found.model.config.text_config.max_position_embeddings)
         self.images, self.preprocess = images, Preprocess.of(images)
@@ -123,14 +136,6 @@ class Clip:
 
     def _seen(self, pixels: torch.Tensor) -> torch.Tensor:
         return unit(self.model.get_image_features(pixel_values=pixels))
-
-
-def load_processor(processor_class: Any, role: str, place: Any) -> Any:
-    """An image processor by Pillow, so that a machine with torchvision sees the same pixels."""
-    from infra.hub_models import pinned, reading
-
-    with reading(role, place.model, WANTED):
-        return processor_class.from_pretrained(place.model, use_fast=False, **pinned(place))
 
 
 def unit(found: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Detector:
             refuse_type(config.model, self.kind, DetectorConfig.types)
         found = _loaded(config, self.kind)
         self.config, self.name = config, found.name
-        self._model, self._processor, self._device = found.model, found.processor, found.device
+        self._model, self._processor, self._device = found.model.float(), found.processor, found.device
         self._labels = [] if self.kind in OPEN else _labels(found.model.config.id2label)
 
     def refuse_unknown(self, names: Sequence[str]) -> None:
@@ -74,7 +75,11 @@ class Detector:
     def _batch(self, images: Sequence[Image.Image], names: list[str], above: float) -> list[list[Found]]:
         asked = {"text": [[QUERY.format(name) for name in names]] * len(images)} if self.kind in OPEN else {}
         inputs = self._processor(images=list(images), return_tensors="pt", **asked).to(self._device)
-        outputs, sizes = self._model(**inputs), [(image.height, image.width) for image in images]
+        answer, sizes = self._model(**inputs), [(image.height, image.width) for image in images]
+        fields = (
+            ("class_queries_logits", "masks_queries_logits") if self.kind in SEGMENTERS else ("logits", "pred_boxes")
+        )
+        outputs = SimpleNamespace(**{name: getattr(answer, name).float().cpu() for name in fields})
         if self.kind in SEGMENTERS:
             post = self._processor.post_process_instance_segmentation
             results = post(outputs, threshold=above, target_sizes=sizes, return_binary_maps=True)
@@ -86,7 +91,7 @@ class Detector:
     def _segments(self, result: dict[str, Any]) -> list[Found]:
         found = []
         for info in result["segments_info"]:
-            mask = result["segmentation"][info["id"]].cpu().numpy().astype(bool)
+            mask = result["segmentation"][info["id"]].numpy().astype(bool)
             found.append(Found(self._labels[info["label_id"]], float(info["score"]), around(mask), mask))
         return found
 

@@ -8,7 +8,6 @@ transformers reads it), HPS v3 and other vision-language scorers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,22 +15,16 @@ import torch
 from PIL import Image
 
 from models.engine.objective import Batch
-from models.evaluation.clip import Clip
+from models.evaluation.clip import clip_of
 from models.evaluation.config import HubReward
 from models.posttraining.reward import RewardCard
-
-
-@functools.lru_cache(maxsize=2)
-def towers(config: HubReward) -> Clip:
-    """The CLIP of a reward, loaded once a process."""
-    return Clip(config, f"reward {config.label}")
 
 
 class ClipReward:
     """A reward on the prompts it was made for; `asked.extra["scene"]` [B] numbers them."""
 
     def __init__(self, config: HubReward, prompts: Sequence[str]) -> None:
-        self.clip, self._batch_size = towers(config), config.batch_size
+        self.clip, self._batch_size = clip_of(config), config.batch_size
         self.factor = self.clip.scale if config.kind == "pickscore" else 1.0
         self.texts = self.clip.texts(prompts)  # [N, D]
         self.card = RewardCard(config.label, -self.factor, self.factor, config.role)
@@ -57,7 +50,7 @@ def hub_scores(config: HubReward, images: np.ndarray, prompts: Sequence[str]) ->
     """Scores float [N] of stored pictures uint8 [N, H, W, 3] and their prompts, by the model's own image processor."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts; give one prompt per picture")
-    clip, distinct = towers(config), list(dict.fromkeys(prompts))
+    clip, distinct = clip_of(config), list(dict.fromkeys(prompts))
     words = clip.texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
     parts = [
         clip.of_images([Image.fromarray(image) for image in images[at : at + config.batch_size]])

@@ -1,5 +1,7 @@
 """The CLIP with a gradient sees what the stock processor sees; colours are told by the pixels of an object alone."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,15 @@ def test_features_are_stock_and_reach_the_picture(clip_folder) -> None:
     assert pictures.grad is not None
     assert (pictures.grad.abs().amax((1, 2, 3)) > 0).all()
     assert not any(p.requires_grad for p in clip.model.parameters())
+
+
+def test_weights_stored_in_halves_are_read_in_full(clip_folder, tmp_path) -> None:
+    shutil.copytree(clip_folder, tmp_path / "half")
+    CLIPModel.from_pretrained(clip_folder).half().save_pretrained(tmp_path / "half")
+    pictures = as_tensor(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)).requires_grad_()
+    full, half = (Clip(ClipConfig(model=str(folder))) for folder in (clip_folder, tmp_path / "half"))
+    torch.testing.assert_close(half.features(pictures), full.features(pictures), atol=5e-3, rtol=0)
+    torch.testing.assert_close(half.texts(["a"]), full.texts(["a"]), atol=5e-3, rtol=0)
 
 
 RGB = {"red": (255, 0, 0), "orange": (255, 140, 0), "yellow": (255, 255, 0), "green": (0, 128, 0), "blue": (0, 0, 255),
