@@ -161,17 +161,33 @@ class LifecycleConfig(Config):
         detector = self.evaluate.detector
         if self.model is None and detector is not None and detector.clip is None:
             raise ValueError("evaluate.detector names the backgrounds of the demo's scenes too; give it a clip")
-        post = self.posttrain
-        pairs = None if post.pairs_table is not None or not post.needs_pairs else post.pairs
-        if self.model is not None and pairs is not None and pairs.source == "judge" and pairs.hub is None:
-            raise ValueError(
-                "the demo's judge cannot rank a foreign model's pictures; set posttrain.pairs.hub to a reward, or source to data"
-            )
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "
                 "set personalize, mix and distill to [] or model to null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _foreign_models_have_no_judge(self) -> LifecycleConfig:
+        post = self.posttrain
+        if self.model is None:
+            return self
+        if post.needs_pairs and post.pairs_table is None and post.pairs.source == "judge" and post.pairs.hub is None:
+            raise ValueError(
+                "the demo's judge cannot rank a foreign model's pictures; set posttrain.pairs.hub to a reward, or source to data"
+            )
+        for stage in (*post.online, *(() if post.dpo is None else (post.dpo,))):
+            if stage.guard is not None and stage.guard.held_out is None:
+                raise ValueError(
+                    f"the guard of {stage.name!r} watches by the demo's judge, which cannot read a foreign model's pictures; "
+                    "set its held_out to a reward, or guard to null"
+                )
+            if any(term.kind == "judge" for term in getattr(stage, "rewards", ())):
+                raise ValueError(
+                    f"stage {stage.name!r} is rewarded by the demo's judge, which cannot read a foreign model's pictures; "
+                    "set rewards to kind model, hub or sharpness"
+                )
         return self
 
     @model_validator(mode="after")

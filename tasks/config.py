@@ -96,9 +96,7 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _detector_answers(self) -> EvaluateConfig:
-        labels = [reward.label for reward in self.rewards]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"two rewards are called {twice[0]!r}; give one of them a name")
+        refuse_twice(self.rewards)
         if self.detector is not None and self.detector.clip is None and self.geneval is None:
             raise ValueError("detector names the demo's colours too; give it a clip")
         if self.geneval is None:
@@ -118,6 +116,9 @@ class DistributionConfig(Config):
     aesthetic: Path | None = Field(
         default=None, description="Linear head on the embedding (safetensors: weight, bias) that scores aesthetics"
     )
+    rewards: tuple[HubReward, ...] = Field(
+        default=(), description="PickScore, HPS or CLIP of the pictures and their captions", json_schema_extra=IF_SET
+    )
     pictures: int = Field(default=256, ge=40, description="Pictures drawn; as many real ones are compared with")
     training: int = Field(default=1024, ge=1, description="Training pictures searched for copies")
     resolution: int | None = Field(
@@ -126,6 +127,18 @@ class DistributionConfig(Config):
     caption: Literal["short", "long"] = Field(default="short", description="Captions that are drawn")
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind intervals of means")
     seed: int = Field(default=1234, ge=0, description="Chooses pictures and noise")
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> DistributionConfig:
+        refuse_twice(self.rewards)
+        return self
+
+
+def refuse_twice(rewards: tuple[HubReward, ...]) -> None:
+    """Scores are told apart by their names."""
+    labels = [reward.label for reward in rewards]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"two rewards are called {twice[0]!r}; give one of them a name")
 
 
 class ReportConfig(Config):

@@ -46,8 +46,8 @@ class ClipReward:
         return torch.cat([self.clip.features(part) for part in pictures.split(self._batch_size)])
 
 
-def hub_scores(config: HubReward, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """Scores float [N] of stored pictures uint8 [N, H, W, 3] and their prompts, by the model's own image processor."""
+def hub_scores(config: HubReward, images: np.ndarray | Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """Scores float [N] of stored pictures, N times uint8 [H, W, 3], and their prompts, by the model's own image processor."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures but {len(prompts)} prompts; give one prompt per picture")
     clip, distinct = clip_of(config), list(dict.fromkeys(prompts))

@@ -1,7 +1,12 @@
-"""What stages of post-training start from, small and random."""
+"""What stages of post-training start from, small and random; a local server that speaks the few routes of the Hub."""
 
-from collections.abc import Callable
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,3 +69,74 @@ def context() -> Callable[..., StageContext]:
         return StageContext(name, inputs, {}, out, scratch, Resources(), no_progress, fan_out_here)
 
     return make
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps what was asked, the blobs and the commit."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Routes)
+        self.there: list[str] = [".gitattributes"]
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.blobs: dict[str, bytes] = {}
+        self.commit: list[dict[str, Any]] = []
+        self.made: dict[str, Any] = {}
+        self.refuses = 0  # status of every answer, if not 200
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """Of a process that takes this server for the Hub."""
+        repository = str(Path(__file__).resolve().parents[2])
+        return {**os.environ, "PYTHONPATH": repository, "HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home), **more}  # fmt: skip
+
+
+class Routes(BaseHTTPRequestHandler):
+    server: Hub
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path, self.headers.get("authorization")))
+        found: Any = {}
+        if self.path == "/api/repos/create":
+            self.server.made = json.loads(body)
+            found = {"url": f"{self.server.address}/me/x", "name": "me/x", "id": "1"}
+        elif "/tree/" in self.path:
+            found = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.there]
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            modes = {True: "lfs", False: "regular"}
+            found = {"files": [{"path": f["path"], "uploadMode": modes[f["path"].endswith("safetensors")], "shouldIgnore": False} for f in files]}  # fmt: skip
+        elif self.path.endswith("/objects/batch"):
+            objects = json.loads(body)["objects"]
+            found = {"objects": [{**o, "actions": {"upload": {"href": f"{self.server.address}/blob/{o['oid']}"}}} for o in objects]}  # fmt: skip
+        elif self.path.startswith("/blob/"):
+            self.server.blobs[self.path.removeprefix("/blob/")] = body
+        elif "/commit/" in self.path:
+            self.server.commit = [json.loads(line) for line in body.splitlines()]
+            found = {"commitUrl": f"{self.server.address}/me/x/commit/abc", "commitOid": "abc", "success": True}
+        sent = json.dumps(found).encode()
+        self.send_response(self.server.refuses or 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server calls
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

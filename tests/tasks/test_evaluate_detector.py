@@ -216,5 +216,14 @@ def test_a_plan_refuses_what_cannot_be_asked(config, tmp_path, clip_folder, mask
     assert len(read_prompts(tmp_path / "plain.jsonl")) == 1
     ranked = foreign | {"posttrain": {"sft": None, "pairs": {"hub": clip}}}
     assert "make_pairs" in [spec.function for spec in plan({}, **ranked)]
+    for stage, message in (
+        (
+            {"train": {"batch_size": 8}, "rewards": [{"kind": "sharpness"}]},
+            "the guard of 'grpo' watches by the demo's judge",
+        ),
+        ({"train": {"batch_size": 8}, "guard": None}, "stage 'grpo' is rewarded by the demo's judge"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan({}, **(foreign | {"posttrain": {"sft": None, "dpo": None, "grpo": stage}}))
     with pytest.raises(ConfigError, match=r"set posttrain\.pairs\.hub to a reward"):
         plan({}, **(foreign | {"posttrain": {"sft": None}}))
