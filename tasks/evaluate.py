@@ -19,7 +19,7 @@ from models.evaluation.gates import Verdict, judge_collapse, judge_gate, paired_
 from models.evaluation.judge import SIDE, Judge, area_average
 from models.sampling.generate import load_generator
 from tasks.config import EvaluateConfig
-from tasks.evaluate_detector import GENEVAL, file_prompts, models_asked
+from tasks.evaluate_detector import GENEVAL, file_prompts, ready
 from tasks.evaluate_prompts import Prompts, geneval_list, grid_prompts, prompt_set, several_seeds, subject_prompts
 from tasks.evaluate_scores import (
     Reference,
@@ -160,7 +160,6 @@ def score_pictures(
         score_diversity(sheet, judge, drawn[DIVERSITY], config)
     if GENEVAL in drawn and config.geneval is not None:
         score_geneval(sheet, file_prompts(config.geneval), lists[GENEVAL].prompts.seeds, drawn[GENEVAL], config)
-    sheet.models = models_asked(config)
     score_subjects(sheet, judge, {label: asked.prompts for label, asked in lists.items()}, drawn, config)
     return sheet
 
@@ -220,6 +219,7 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     checkpoints = {role: folder for role, folder in ctx.inputs.items() if role not in NOT_CHECKPOINTS}
     refuse_unknown(config, checkpoints)
     judge, lists = Judge.load(ctx.inputs["judge"]), lists_of(config)
+    (models,) = ctx.fan_out(ready, [(config, judge.vocabulary.objects)])
     drawn = draw_all(config, ctx, lists, checkpoints)
     drawn[REAL] = real_pictures(lists, config.seed + 50)
     reference = Reference.of(judge, config.sets[0], lists[label_of(config.sets[0])].prompts, config)
@@ -236,7 +236,7 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
         "scores": scores, "real": real.scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts, "collapse": collapse,
         "detail": {stage: sheet.detail() for stage, sheet in sheets.items()}, "calibration": judge.calibration,
         "sets": {label: {"prompts": len(a.prompts), "side": a.side} for label, a in lists.items()},
-    } | real.named()  # fmt: skip
+    } | ({"models": models} if models else {})  # fmt: skip
     (ctx.out / "scores.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     write_geneval(ctx.out, sheets)
     write_samples(ctx.out, judge, lists[GRID], {stage: pictures[GRID] for stage, pictures in drawn.items()})

@@ -96,9 +96,18 @@ def hub_rewards(config: EvaluateConfig, images: np.ndarray, texts: Sequence[str]
     return {f"hub_{reward.label}": hub_scores(reward, images, texts) for reward in config.rewards}
 
 
-def models_asked(config: EvaluateConfig) -> dict[str, str]:
-    """Model and revision of everything here that gave a score, for scores.json."""
-    found = {} if config.detector is None else {"detector": detector(config.detector).name}
-    if config.detector is not None and config.detector.clip is not None:
-        found["colours"] = colours(config.detector.clip).clip.name
+def ready(item: tuple[EvaluateConfig, tuple[str, ...]]) -> dict[str, str]:
+    """Load what will be asked, before anything is drawn; model and revision of each. Names the detector lacks are refused."""
+    config, names = item
+    found = {}
+    if config.detector is not None:
+        asked = set(names) | {name for prompt in _prompts(config) for name in prompt.names}
+        detector(config.detector).refuse_unknown(sorted(asked))
+        found["detector"] = detector(config.detector).name
+        if config.detector.clip is not None:
+            found["colours"] = colours(config.detector.clip).clip.name
     return found | {f"hub_{reward.label}": clip_of(reward).name for reward in config.rewards}
+
+
+def _prompts(config: EvaluateConfig) -> list[Prompt]:
+    return [] if config.geneval is None else file_prompts(config.geneval)

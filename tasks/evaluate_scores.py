@@ -47,12 +47,6 @@ class Sheet:
     p_value: float | None = None
     geneval: list[dict[str, Any]] = field(default_factory=list)  # one row a picture: prompt, tag, seed, what is wrong
 
-    models: dict[str, str] = field(default_factory=dict)  # of transformers that gave scores
-
-    def named(self) -> dict[str, Any]:
-        """The models behind the scores, where any but the judge were asked."""
-        return {"models": self.models} if self.models else {}
-
     def detail(self) -> dict[str, Any]:
         """What stands beside the scores in scores.json."""
         return {

@@ -17,7 +17,7 @@ from models.engine.distribute import one_thread
 from models.evaluation.gates import judge_gate
 from tasks.config import EvaluateConfig
 from tasks.evaluate import Asked, deltas, draw_all, parents_of, raise_missed, refuse_unknown, write_geneval
-from tasks.evaluate_detector import GENEVAL, file_prompts, models_asked
+from tasks.evaluate_detector import GENEVAL, file_prompts, ready
 from tasks.evaluate_prompts import geneval_list
 from tasks.evaluate_scores import Sheet, score_geneval
 
@@ -38,7 +38,6 @@ def score_answer(answer: Answer) -> Sheet:
     sheet = Sheet()
     with one_thread():
         score_geneval(sheet, file_prompts(answer.config.geneval), answer.seeds, answer.images, answer.config)
-        sheet.models = models_asked(answer.config)
     return sheet
 
 
@@ -49,6 +48,7 @@ def measure_prompts(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]
     asked = Asked(geneval_list(config.geneval, config.seed), config.geneval.side, None)
     gates_only = config.model_copy(update={"sets": (), "subjects": ()})  # the demo's lists are not drawn here
     refuse_unknown(gates_only, ctx.inputs)
+    (models,) = ctx.fan_out(ready, [(config, ())])
     drawn = draw_all(config, ctx, {GENEVAL: asked}, ctx.inputs)
     answers_of = [Answer(config, asked.prompts.seeds, part[GENEVAL]) for part in drawn.values()]
     sheets = dict(zip(drawn, ctx.fan_out(score_answer, answers_of), strict=True))
@@ -57,8 +57,8 @@ def measure_prompts(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]
     verdicts = [judge_gate(gate, scores, {s: sheet.answers for s, sheet in sheets.items()}) for gate in config.gates]
     record = {
         "scores": scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts, "collapse": [],
-        "sets": {GENEVAL: {"prompts": len(asked.prompts), "side": asked.side}},
-    } | next(iter(sheets.values())).named()  # fmt: skip
+        "sets": {GENEVAL: {"prompts": len(asked.prompts), "side": asked.side}}, "models": models,
+    }  # fmt: skip
     (ctx.out / "scores.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     write_geneval(ctx.out, sheets)
     raise_missed(verdicts if config.strict_gates else [])

@@ -52,6 +52,6 @@ def crop(image: Image.Image, each: Found) -> Image.Image:
     if each.mask is not None:
         blank = Image.new("RGB", image.size, BLANK)
         image = Image.composite(image, blank, Image.fromarray(np.asarray(each.mask, bool)))
-    left, top, right, bottom = each.box
-    left, top = min(int(left), image.width - 1), min(int(top), image.height - 1)
-    return image.crop((left, top, max(left + 1, int(right)), max(top + 1, int(bottom))))
+    left, top, right, bottom = (round(value) for value in each.box)
+    left, top = min(left, image.width - 1), min(top, image.height - 1)
+    return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))

@@ -1,8 +1,8 @@
 """Objects of a picture by a model of transformers: an instance segmenter (GenEval's is Mask2Former Swin-S on COCO), a closed
 detector (DETR's kind), or one that is told the names to look for (OWL-ViT, OWLv2).
 
-Left out: Mask2Former's post-processing in transformers puts masks on a 384 x 384 grid and takes the nearest place, so their
-boxes are exact to a cell of it; oblong pictures are padded by its processor and shift by that.
+Mask2Former's post-processing in transformers puts masks on a grid of 384 x 384 places whatever the picture's size, so their boxes
+are exact to a cell of it.
 """
 
 from __future__ import annotations

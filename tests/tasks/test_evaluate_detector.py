@@ -164,6 +164,18 @@ def test_a_foreign_model_is_scored_by_the_file_alone(config, inputs, tmp_path) -
         measure_prompts(config.model_copy(update={"strict_gates": True}), context("strict", checkpoints, tmp_path))
 
 
+def test_a_class_the_detector_never_learnt_stops_before_anything_is_drawn(config, inputs, tmp_path, file) -> None:
+    file.write_text(
+        file.read_text() + json.dumps({"tag": "x", "prompt": "a tuba", "include": [{"class": "tuba", "count": 1}]})
+    )
+    config = EvaluateConfig.model_validate(config.model_dump() | {"geneval": str(file)})
+    missing = {"sft": tmp_path / "not there"}  # drawing would fail
+    with pytest.raises(ConfigError, match="does not know tuba"):
+        measure_prompts(config, context("foreign", missing, tmp_path))
+    with pytest.raises(ConfigError, match="does not know tuba"):
+        evaluate(config, context("evaluate", {"judge": inputs["judge"], **missing}, tmp_path))
+
+
 def test_a_file_that_changed_after_the_plan_is_refused(config, file) -> None:
     file.write_text(file.read_text() + json.dumps(LINES[0]) + "\n")
     with pytest.raises(DataRefused, match="changed or is gone since the run was planned"):
