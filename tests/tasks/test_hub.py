@@ -57,3 +57,12 @@ def test_without_a_token_or_the_network_nothing_is_asked(folder: Path, hub: Any)
     assert "HF_TOKEN is not set" in pushed(folder, hub, HF_TOKEN="").stderr
     assert "HF_HUB_OFFLINE is set" in pushed(folder, hub, HF_HUB_OFFLINE="1").stderr
     assert hub.asked == []
+
+
+def test_a_refusal_of_the_hub_is_said_without_the_token(folder: Path, hub: Any) -> None:
+    hub.refuses = 403
+    done = pushed(folder, hub, HF_HUB_VERBOSITY="debug", HF_DEBUG="1")
+    assert "LifecycleError: the Hub refused hf://me/x: 403" in done.stderr
+    assert "/api/repos/create" in done.stderr  # it did talk
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.commit == [] and hub.blobs == {}

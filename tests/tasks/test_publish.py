@@ -296,14 +296,3 @@ def test_the_command_pushes_what_it_would_write_and_never_shows_the_token(store:
     ]
     for text in (done.stdout.encode(), done.stderr.encode(), *kept, json.dumps(hub.commit).encode()):
         assert token.encode() not in text
-
-
-def test_a_refusal_of_the_hub_is_said_without_the_token(store: Store, hub: Any, tmp_path: Path) -> None:
-    hub.refuses = 403
-    env = hub.environment(tmp_path / "home", HF_TOKEN="hf_notarealtoken")
-    arguments = ["publish", "base", "hf://me/x", "--root", str(store.root)]
-    done = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, check=False, env=env)  # fmt: skip
-    assert done.returncode == 5
-    assert "the Hub refused hf://me/x: 403" in done.stderr
-    assert "hf_notarealtoken" not in done.stdout + done.stderr
-    assert hub.commit == []
