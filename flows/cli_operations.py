@@ -78,6 +78,6 @@ def gc(root: RunRoot = "runs", grace_days: Annotated[float, typer.Option(min=0, 
     found = (sweep if delete else garbage)(store, grace_days, forget or ())
     if as_json:
         places = [f"{artifact.stage}/{key}" for artifact, key, _ in found.artifacts]
-        say(json.dumps({"artifacts": places, "scratch": [folder for folder, _ in found.scratch], "bytes": found.num_bytes, "kept": found.kept, "young": found.young, "deleted": delete}))  # fmt: skip
+        say(json.dumps({"artifacts": places, "scratch": [folder for folder, _ in found.scratch], "remote": found.remote, "bytes": found.num_bytes, "kept": found.kept, "young": found.young, "deleted": delete}))  # fmt: skip
     else:
         say("\n".join(gc_lines(found, delete)))

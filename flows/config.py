@@ -71,6 +71,23 @@ class PosttrainConfig(Config):
         """Whether a stage reads preference pairs."""
         return self.dpo is not None or self.reward_model is not None
 
+    @property
+    def judged(self) -> list[str]:
+        """What asks the demo's judge, and what to set instead."""
+        found = []
+        if self.needs_pairs and self.pairs_table is None and self.pairs.source == "judge" and self.pairs.hub is None:
+            found.append("posttrain.pairs.source to data, or posttrain.pairs.hub to a reward")
+        for stage in self.online:
+            if any(term.kind == "judge" for term in stage.rewards):
+                kinds = "[{kind: model}], [{kind: sharpness}] or one of kind hub"
+                found.append(f"posttrain.{stage.name}.rewards to {kinds}")
+        for branch in (*self.online, *(() if self.dpo is None else (self.dpo,))):
+            if branch.guard is not None and branch.guard.held_out is None:
+                found.append(f"posttrain.{branch.name}.guard to null, or its held_out to a reward")
+        if self.prompt_enhancer is not None and self.prompt_enhancer.check is not None:
+            found.append("posttrain.prompt_enhancer.check to null")
+        return found
+
     @model_validator(mode="after")
     def _branches_fit(self) -> PosttrainConfig:
         if self.hands_on is not None and self.hands_on not in self.branches:
@@ -153,41 +170,16 @@ class LifecycleConfig(Config):
         if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
             raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
                              "personalize, mix and distill to []")  # fmt: skip
-        enhancer = self.posttrain.prompt_enhancer
-        if self.model is not None and enhancer is not None and enhancer.check is not None:
-            raise ValueError(
-                "posttrain.prompt_enhancer.check draws the demo's scenes, which a foreign model does not know; set it to null"
-            )
         detector = self.evaluate.detector
         if self.model is None and detector is not None and detector.clip is None:
             raise ValueError("evaluate.detector names the backgrounds of the demo's scenes too; give it a clip")
+        if self.model is not None and (judged := self.posttrain.judged):
+            raise ValueError(f"the judge knows the demo's scenes, a foreign model does not; change {'; '.join(judged)}")
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "
                 "set personalize, mix and distill to [] or model to null"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _foreign_models_have_no_judge(self) -> LifecycleConfig:
-        post = self.posttrain
-        if self.model is None:
-            return self
-        if post.needs_pairs and post.pairs_table is None and post.pairs.source == "judge" and post.pairs.hub is None:
-            raise ValueError(
-                "the demo's judge cannot rank a foreign model's pictures; set posttrain.pairs.hub to a reward, or source to data"
-            )
-        for stage in (*post.online, *(() if post.dpo is None else (post.dpo,))):
-            if stage.guard is not None and stage.guard.held_out is None:
-                raise ValueError(
-                    f"the guard of {stage.name!r} watches by the demo's judge, which cannot read a foreign model's pictures; "
-                    "set its held_out to a reward, or guard to null"
-                )
-            if any(term.kind == "judge" for term in getattr(stage, "rewards", ())):
-                raise ValueError(
-                    f"stage {stage.name!r} is rewarded by the demo's judge, which cannot read a foreign model's pictures; "
-                    "set rewards to kind model, hub or sharpness"
-                )
         return self
 
     @model_validator(mode="after")

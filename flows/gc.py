@@ -23,6 +23,7 @@ class Garbage(Config):
 
     artifacts: tuple[tuple[Artifact, str, int], ...] = Field(description="Artifact, key and bytes")
     scratch: tuple[tuple[str, int], ...] = Field(description="Working folders left by dead runs, and bytes")
+    remote: tuple[str, ...] = Field(default=(), description="Checkpoints that dead runs left in the bucket")
     kept: int = Field(description="Artifacts that something needs")
     young: int = Field(description="Artifacts that nothing needs, but made within the grace period")
 
@@ -48,7 +49,8 @@ def garbage(store: Store, grace_days: float, forget: Sequence[str] = ()) -> Garb
     old = [pair for pair in unneeded if _finished(pair[0]) < limit]
     return Garbage(
         artifacts=tuple((artifact, key, store.size(artifact.stage, key)) for artifact, key in old),
-        scratch=tuple(_scratch(store, grace_days)), kept=len(there) - len(unneeded), young=len(unneeded) - len(old),
+        scratch=tuple(_scratch(store, grace_days)),
+        remote=tuple(sorted(name for name, saved in store.remote_works().items() if saved < limit.timestamp())), kept=len(there) - len(unneeded), young=len(unneeded) - len(old),
     )  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def sweep(store: Store, grace_days: float, forget: Sequence[str] = ()) -> Garbag
             store.discard_entry(artifact.stage, key)
         for folder, _ in found.scratch:
             shutil.rmtree(folder, ignore_errors=True)
+        for name in found.remote:
+            store.forget_work(name)
     return found
 
 
@@ -100,8 +104,9 @@ def gc_lines(found: Garbage, removed: bool) -> list[str]:
     lines += [
         f"{size / 1e6:>10.1f} MB  {Path(folder).name} (working folder of a dead run)" for folder, size in found.scratch
     ]
+    lines += [f"{'':>13}  {name} (checkpoints of a dead run in the bucket)" for name in found.remote]
     verb = "removed" if removed else "can go; nothing was removed, add --delete"
-    count = len(found.artifacts) + len(found.scratch)
+    count = len(found.artifacts) + len(found.scratch) + len(found.remote)
     lines.append(f"{found.num_bytes / 1e6:.1f} MB in {count} places {verb}; {found.kept} artifacts are needed, "
                  f"{found.young} are within the grace period")  # fmt: skip
     return lines

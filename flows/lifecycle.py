@@ -29,4 +29,4 @@ def lifecycle_flow(config: LifecycleConfig = LifecycleConfig(), force: list[str]
         force=force,
         display=PrefectDisplay(),
     )
-    return show(run.execute(PrefectCall(config.run.root)))
+    return show(PrefectCall(config.run.root).execute(run))

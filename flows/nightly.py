@@ -56,12 +56,12 @@ def nightly_flow(
     champion, seen = begin(store, config)
     night = Night(config, champion, seen, flow_run_id(f"{config.name}-nightly"), keep_sets)
     call = PrefectCall(config.run.root)
-    looked = night.run(night.curated()).execute(call)
+    looked = call.execute(night.run(night.curated()))
     if pictures(store, looked) < min_new:
         night.remember(store, looked)
         return looked
     try:
-        record = night.run(night.specs(max_loss, replay, steps)).execute(call)
+        record = call.execute(night.run(night.specs(max_loss, replay, steps)))
     except GateFailed:
         night.remember(store, store.read_run(night.run_id))
         raise

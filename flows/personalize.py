@@ -25,7 +25,7 @@ from tasks.config import ExportConfig
 @flow(name="personalize", flow_run_name="{stage.name}", persist_result=False)
 def personalize_flow(run_id: str, stage: DreamBoothConfig, root: str = "runs") -> dict[str, Any]:
     """Learn one more subject on the checkpoint that `run_id` personalizes from; nothing of that run is done again."""
-    return show(personalize_run(flow_run_id(stage.name), run_id, stage, root).execute(PrefectCall(root)))
+    return show(PrefectCall(root).execute(personalize_run(flow_run_id(stage.name), run_id, stage, root)))
 
 
 def personalize_run(new_id: str, run_id: str, stage: DreamBoothConfig, root: str) -> Run:

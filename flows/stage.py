@@ -25,7 +25,7 @@ def stage_flow(run_id: str = "latest", stage: str = "report", force: bool = True
         force: Make it anew although its result is there
         root: Where the run's results are kept: folder, file:// or s3://
     """
-    return show(run_one(run_id, stage, force, root).execute(PrefectCall(root)))
+    return show(PrefectCall(root).execute(run_one(run_id, stage, force, root)))
 
 
 def run_one(run_id: str, stage: str, force: bool, root: str) -> Run:

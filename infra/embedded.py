@@ -39,6 +39,7 @@ UNUSED_SERVICES = (
     "REPOSSESSOR",
     "PAUSE_EXPIRATIONS",
 )
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for this machine, on any system
 AUTH = "PREFECT_SERVER_API_AUTH_STRING"
 _CREDENTIALS = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_PROFILE")
 
@@ -249,11 +250,16 @@ def local_ray(resources: Resources, dashboard: bool = False) -> Iterator[None]:
     threads = str(resources.threads_per_worker)  # two processes of two threads on two cores are slower than one
     values: dict[str, str | None] = {**quiet_environment(), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if resources.ray_address is None:
-        values |= {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        values |= {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                   LOOPBACK_ONLY: "0"}  # fmt: skip
     with environment(values):
         import ray
+        from ray._private import ray_constants
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+        ray_constants.ENABLE_RAY_CLUSTER = (
+            resources.ray_address is not None
+        )  # as LOOPBACK_ONLY, had Ray been imported now
         Config.initialize("")  # Ray keeps mode and token from when it was imported, or from an earlier session
         AuthenticationTokenLoader.instance().reset_cache()
         if resources.ray_address is not None:

@@ -236,6 +236,13 @@ class LocalFiles:
         folder = self._folder / path
         return sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
 
+    def remote_work(self, name: str, folder: Path) -> None:
+        """Nothing: working folders lie under the root already."""
+
+    def remote_works(self) -> dict[str, float]:
+        """Nothing either."""
+        return {}
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """An flock on <root>/.lock; it ends with the process, however that ends."""

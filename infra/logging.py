@@ -115,21 +115,28 @@ def setup_logging(level: int | str = logging.INFO, debug: bool = False) -> None:
 
 
 @contextmanager
-def run_log(path: Path, ours: int = logging.INFO, others: int = logging.WARNING) -> Iterator[Path]:
+def also(handler: logging.Handler) -> Iterator[None]:
+    """What our packages log from INFO on, and others' warnings, go to this handler too."""
+    handler.addFilter(_Level(logging.INFO, logging.WARNING))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    if root.level > logging.INFO:
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def run_log(path: Path) -> Iterator[Path]:
     """Append every record of this process to a JSON-lines file while the run lasts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(JsonLines())
-    handler.addFilter(_Level(ours, others))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    if root.level > ours:
-        root.setLevel(ours)
-    try:
+    with also(handler):
         yield path
-    finally:
-        root.removeHandler(handler)
-        handler.close()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 from infra.artifacts import RECORD, FileEntry
 from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
 from infra.local_files import holder_record, holder_text, sync_tree
+from infra.remote_work import PLACE, RemoteWork
 
 log = logging.getLogger(__name__)
 
@@ -125,18 +126,26 @@ class S3Objects:
     def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool:
         """Upload every file, then the record if there is none yet; the folder becomes the local copy."""
 
-        def upload(item: FileEntry) -> None:
-            key = self._key(f"{self.data_path(entry, digest)}/{item.path}")
-            self._client.upload_file(str(folder / item.path), self._bucket, key)
-
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(upload, files))
-        except (*self._errors, OSError) as error:
-            raise LifecycleError(f"upload of {self.uri(entry)} failed: {error}; run again") from error
+        with ThreadPoolExecutor(8) as pool:
+            place = self.data_path(entry, digest)
+            list(pool.map(lambda item: self.upload(folder / item.path, f"{place}/{item.path}"), files))
         won = self._put_if(f"{entry}/{RECORD}", record, IfNoneMatch="*") is not None
         _keep(folder, self._cached(digest))
         return won
+
+    def upload(self, source: Path, path: str) -> None:
+        """Put a file, in parts where it is large."""
+        try:
+            self._client.upload_file(str(source), self._bucket, self._key(path))
+        except (*self._errors, OSError) as error:
+            raise LifecycleError(f"upload of {self.uri(path)} failed: {error}; run again") from error
+
+    def download(self, path: str, target: Path) -> None:
+        """Get an object as a file, in parts where it is large."""
+        try:
+            self._client.download_file(self._bucket, self._key(path), str(target))
+        except self._errors as error:
+            raise LifecycleError(f"download of {self.uri(path)} failed: {error}; run again") from error
 
     def _cached(self, digest: str) -> Path:
         return self._cache / "artifacts" / digest
@@ -147,13 +156,12 @@ class S3Objects:
         if cached.is_dir():
             return cached
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cached.parent, prefix=".part-"))
+        partial, place = Path(tempfile.mkdtemp(dir=cached.parent, prefix=".part-")), self.data_path(entry, digest)
 
         def download(item: FileEntry) -> None:
             target = partial / item.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            key = self._key(f"{self.data_path(entry, digest)}/{item.path}")
-            self._client.download_file(self._bucket, key, str(target))
+            self._client.download_file(self._bucket, self._key(f"{place}/{item.path}"), str(target))
 
         try:
             with ThreadPoolExecutor(8) as pool:
@@ -212,6 +220,15 @@ class S3Objects:
             found.update(item["Prefix"].rstrip("/").rsplit("/", 1)[-1] for item in page.get("CommonPrefixes", []))
             found.update(item["Key"].rsplit("/", 1)[-1] for item in page.get("Contents", []))
         return sorted(name for name in found if name and not name.startswith("."))
+
+    def remote_work(self, name: str, folder: Path) -> RemoteWork:
+        """Keeper of a working folder's checkpoints."""
+        return RemoteWork(self, name, folder)
+
+    def remote_works(self) -> dict[str, float]:
+        """Name -> when it was saved last."""
+        read = {name: self.read(f"{PLACE}/{name}") for name in self.names(PLACE) if name.endswith(".json")}
+        return {name[:-5]: float(json.loads(data)["time"]) for name, data in read.items() if data is not None}
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlparse
 
 from pydantic import ValidationError
 
 from infra.artifacts import RECORD, Artifact, FileEntry, folder_digest, listing_digest
+from infra.backend import Backend
 from infra.config import canonical_json, digest_of
 from infra.errors import ArtifactCorrupted, ConfigError, LifecycleError
 from infra.records import NAME, checked, is_record, run_record, wrong_in
+from infra.remote_work import RemoteWork
 
 log = logging.getLogger(__name__)
 
@@ -26,27 +28,6 @@ Listed = list[str]  # Store.list hides the built-in name
 _verified: set[tuple[str, str]] = set()  # (uri, digest) whose every byte this process has already checked
 
 
-class Backend(Protocol):
-    """The few operations in which a folder and a bucket differ; paths are relative to the root, with slashes."""
-
-    root: str
-    scratch: Path  # local folder that survives a kill
-
-    def uri(self, path: str) -> str: ...
-    def data_path(self, entry: str, digest: str) -> str: ...
-    def read(self, path: str) -> bytes | None: ...
-    def write(self, path: str, data: bytes) -> None: ...
-    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool: ...
-    def publish(self, folder: Path, entry: str, digest: str, files: list[FileEntry], record: bytes) -> bool: ...
-    def fetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path: ...
-    def refetch(self, entry: str, digest: str, files: list[FileEntry]) -> Path | None: ...
-    def quarantine(self, entry: str) -> str | None: ...
-    def remove(self, entry: str) -> None: ...
-    def erase(self, path: str) -> None: ...
-    def names(self, path: str) -> list[str]: ...
-    def lock(self) -> AbstractContextManager[None]: ...
-
-
 class Store:
     """Artifacts and run records under one root, on a local disk or in S3; made by `open_store`."""
 
@@ -54,8 +35,6 @@ class Store:
         self._backend = backend
         self.root = backend.root
         self.scratch_root = backend.scratch  # this machine's working folders
-
-    # -- artifacts
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The committed artifact of a stage key, or None; reads only its record, no data."""
@@ -123,6 +102,19 @@ class Store:
         folder = self._backend.scratch / f"{checked(stage)}-{checked(key)[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def remote_work(self, stage: str, key: str, folder: Path) -> RemoteWork | None:
+        """Keeper of a working folder's checkpoints, where the root is no folder that all machines see."""
+        return self._backend.remote_work(f"{checked(stage)}-{checked(key)[:16]}", folder)
+
+    def remote_works(self) -> dict[str, float]:
+        """Names of all that `remote_work` keeps, and when each was saved last (seconds since 1970)."""
+        return self._backend.remote_works()
+
+    def forget_work(self, name: str) -> None:
+        """Remove what is kept of a working folder of that name."""
+        if (kept := self._backend.remote_work(name, self.scratch_root / name)) is not None:
+            kept.forget()
 
     def commit(
         self, stage: str, key: str, kind: str, folder: Path, parents: Iterable[str], facts: dict[str, Any]
@@ -243,8 +235,6 @@ class Store:
     def lock(self) -> AbstractContextManager[None]:
         """Held for the length of a run: one run per root; the error names the process that holds it."""
         return self._backend.lock()
-
-    # -- inside
 
     def _place(self, artifact: Artifact) -> tuple[str, str]:
         start = self._backend.uri("")

@@ -6,10 +6,12 @@ import base64
 import json
 import logging
 import os
+import re
 import time
 import zlib
 
 from infra.artifacts import Artifact
+from infra.config import digest_of
 from infra.errors import LifecycleError
 from infra.stages import Resources
 from infra.storage import open_store
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 JOB_POLL_SECONDS = 1.0
 STOP_SECONDS = 20.0
 UNREACHABLE_SECONDS = 120.0
+RESTARTS = 3  # of a job whose process was lost
 LOOK_PAUSE = 20.0  # times as long as reading a job's log took, before it is read again
 ALIVE = ("PENDING", "RUNNING")
 JOB_VARIABLE = "T2I_JOB"
@@ -28,6 +31,8 @@ MAX_VARIABLE = 120_000
 HANDED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "PYTHONPATH")  # to a job; keys and tokens are the cluster's own
 ERROR_MARK = "T2I-ERROR "
 PROGRESS_MARK = "T2I-PROGRESS "
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_LEVEL = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 
 
 class RayJobLauncher:
@@ -40,16 +45,23 @@ class RayJobLauncher:
         self.address = resources.ray_address or "http://127.0.0.1:8265"
         self.client = JobSubmissionClient(self.address)
         self.running: str | None = None
+        self.read = 0  # characters of the running job's log that were passed on
 
     def run(self, job: Job, report: Report) -> Artifact:
-        """Submit or find the job, wait for it, and read the artifact from the store."""
-        self.running = self._submit(job)
-        state = self._wait(self.running, job, report)
-        submission, self.running = self.running, None
-        found = open_store(job.root).find(job.spec.name, job.key)
-        if state == "SUCCEEDED" and found is not None:
-            return found
-        raise self._error(job, submission, state)
+        """Submit or find the job, wait for it, and read the artifact from the store; a lost job goes on in a new one."""
+        for left in reversed(range(RESTARTS + 1)):
+            self.running, self.read = self._submit(job), 0
+            state = self._wait(self.running, job, report)
+            self._forward(self.running, job, report)
+            submission, self.running = self.running, None
+            found = open_store(job.root).find(job.spec.name, job.key)
+            if found is not None:
+                return found
+            text = self._log_of(submission)
+            if state == "STOPPED" or ERROR_MARK in text or not left:
+                break
+            log.warning("job %s was lost (%s); it goes on from its last checkpoint in a new job", submission, state)
+        raise _error(job, submission, state, text)
 
     def close(self) -> None:
         """Stop the job that is being waited for."""
@@ -67,9 +79,9 @@ class RayJobLauncher:
             )
 
     def _submit(self, job: Job) -> str:
-        attempt = 0
+        attempt, place = 0, digest_of(job.root)[:8]
         while True:
-            submission = f"{job.spec.name}-{job.key[:16]}-{attempt}"
+            submission = f"{job.spec.name}-{job.key[:16]}-{place}-{attempt}"
             match self._state(submission):
                 case None:
                     return self._start(submission, job)
@@ -102,6 +114,8 @@ class RayJobLauncher:
         except RuntimeError as error:
             if "404" in str(error) or "does not exist" in str(error):
                 return None
+            if "status code 5" in str(error):
+                raise ConnectionError(f"Ray at {self.address} is in trouble: {error}") from error
             raise
 
     def _wait(self, submission: str, job: Job, report: Report) -> str:
@@ -128,11 +142,18 @@ class RayJobLauncher:
             time.sleep(JOB_POLL_SECONDS)
 
     def _forward(self, submission: str, job: Job, report: Report) -> None:
-        """Report the newest progress in the job's log."""
-        whole_lines = self._log_of(submission).rpartition("\n")[0]
-        text = whole_lines.rpartition(PROGRESS_MARK)[2].partition("\n")[0]
-        if text.startswith("["):
-            done, total, metrics = json.loads(text)
+        """Pass on what the job's log has that is new: its lines, and of its progress the newest."""
+        text, progress = self._log_of(submission), ""
+        end = text.rfind("\n") + 1  # the last line may be cut off
+        for line in text[self.read : end].splitlines():
+            if line.startswith(PROGRESS_MARK):
+                progress = line.removeprefix(PROGRESS_MARK)
+            elif line and not line.startswith(ERROR_MARK):
+                level = _LEVEL.match(line)
+                log.log(logging.getLevelNamesMapping()[level[1]] if level else logging.INFO, "%s", line)
+        self.read = max(self.read, end)
+        if progress:
+            done, total, metrics = json.loads(progress)
             report(job.spec.name, done, total, metrics)
 
     def _log_of(self, submission: str) -> str:
@@ -142,17 +163,18 @@ class RayJobLauncher:
             log.debug("no log of job %s: %s", submission, error)
             return ""
 
-    def _error(self, job: Job, submission: str, state: str) -> LifecycleError:
-        text = self._log_of(submission)
-        line = text.rpartition(ERROR_MARK)[2].partition("\n")[0]
-        if line.startswith("{"):
-            problem = json.loads(line)
-            return ERRORS.get(problem["error"], LifecycleError)(problem["message"])
-        last = text.strip().splitlines()[-1:] or ["no log"]
-        return LifecycleError(
-            f"stage {job.spec.name!r} failed: Ray job {submission} ended as {state}: {last[0]}; "
-            f"`ray job logs {submission}` has the rest"
-        )
+
+def _error(job: Job, submission: str, state: str, text: str) -> LifecycleError:
+    """What the job's log says went wrong."""
+    line = text.rpartition(ERROR_MARK)[2].partition("\n")[0]
+    if line.startswith("{"):
+        problem = json.loads(line)
+        return ERRORS.get(problem["error"], LifecycleError)(problem["message"])
+    last = text.strip().splitlines()[-1:] or ["no log"]
+    return LifecycleError(
+        f"stage {job.spec.name!r} failed: Ray job {submission} ended as {state}: {last[0]}; "
+        f"`ray job logs {submission}` has the rest"
+    )
 
 
 def packed(job: Job) -> str:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -118,7 +119,11 @@ def perform(
     _use_threads(job)
     forget_peak_memory()
     started = time.perf_counter()
-    with stage_log(spec.name):
+    remote = store.remote_work(spec.name, job.key, work) if spec.runs == "train" else None
+    if remote is not None:
+        remote.restore(own_may_stay=job.resources.num_workers == 1)
+    followed = nullcontext() if remote is None or rank != 0 else remote.followed()
+    with stage_log(spec.name), followed:
         facts = _call(spec, function.run, function.config.model_validate(spec.config), context)
     _wait_for_ranks()
     if rank != 0:
@@ -131,6 +136,8 @@ def perform(
         kept = store.scratch_root.parent / ".tensorboard" / f"{spec.name}-{job.key[:12]}"
         shutil.copytree(work / EVENTS, kept, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
+    if remote is not None:
+        remote.forget()
     return artifact
 
 

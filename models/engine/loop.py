@@ -277,22 +277,22 @@ def losses_again(trainer: Trainer, batch: Batch) -> None:
 def _look_and_keep(
     trainer: Trainer, last: bool, scratch: Path, on_sample: Callable[[int, Trainer], None] | None
 ) -> None:
-    """What happens between two steps: the watch, a snapshot, a checkpoint, a grid."""
+    """What happens between two steps: the watch, a grid, a snapshot, a checkpoint."""
     config, watch, step = trainer.config, trainer.watch, trainer.step
     with trainer.meter.spent("look"):
         if watch is not None and (step % watch.every == 0 or last):
             watch.look(trainer)
+    if on_sample is not None and config.sample_every and step % config.sample_every == 0:
+        with trainer.meter.spent("look"):
+            trainer.gather()
+            on_sample(step, trainer)
     with trainer.meter.spent("checkpoint"):
         if config.ema_snapshot_every and step % config.ema_snapshot_every == 0:
             averages = trainer.snapshots()
             if world()[0] == 0:
                 save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
-        if step % config.checkpoint_every == 0 and not last:
+        if step % config.checkpoint_every == 0 and not last:  # after all else: who goes on from it lacks nothing
             trainer.save()
-    if on_sample is not None and config.sample_every and step % config.sample_every == 0:
-        with trainer.meter.spent("look"):
-            trainer.gather()
-            on_sample(step, trainer)
 
 
 def write_metrics(rows: list[dict[str, float]], path: Path) -> None:

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from infra.config import Config
+from infra.stages import IF_SET
 
 FamilyName = Literal["prx-pixel", "prx-latent", "sd3", "unet"]
 
 
-class PrxConfig(Config):
-    """diffusers' PRXTransformer2DModel in pixel space with x_0-prediction; the defaults train on two CPU cores."""
+class PrxShape(Config):
+    """What diffusers' PRXTransformer2DModel is built from."""
 
     hidden_size: int = Field(default=128, ge=32, description="Width of the transformer")
     depth: int = Field(default=6, ge=1, description="Number of blocks")
@@ -24,7 +25,13 @@ class PrxConfig(Config):
     prompt_max_tokens: int = Field(default=64, ge=8, description="Prompt length the exported pipeline pads to")
 
 
-class LatentPrxConfig(PrxConfig):
+class PrxConfig(PrxShape):
+    """PRX in pixel space with x_0-prediction; the defaults train on two CPU cores."""
+
+    kind: Literal["prx-pixel"] = Field(default="prx-pixel", description="Family", json_schema_extra=IF_SET)
+
+
+class LatentPrxConfig(PrxShape):
     """The same transformer in the latents of a VAE, predicting the velocity."""
 
     kind: Literal["prx-latent"] = Field(default="prx-latent", description="Family")
@@ -61,7 +68,7 @@ class UNetConfig(Config):
 
 def _kind(value: Any) -> str:
     found = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(found or "prx-pixel")
+    return str(found or "prx-pixel")  # presets may leave it out
 
 
 NetworkConfig: TypeAlias = Annotated[

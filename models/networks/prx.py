@@ -15,7 +15,7 @@ import torch
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel, get_image_ids, img2seq, seq2img
 from torch import nn
 
-from models.networks.config import PrxConfig
+from models.networks.config import PrxShape
 from models.networks.denoiser import Denoiser, Prediction
 from models.networks.routing import Route
 
@@ -86,7 +86,7 @@ class PrxDenoiser(Denoiser):
 
 
 def build(
-    config: PrxConfig, text_mean: torch.Tensor, text_std: torch.Tensor, seed: int, channels: int = 3,
+    config: PrxShape, text_mean: torch.Tensor, text_std: torch.Tensor, seed: int, channels: int = 3,
     prediction: Prediction = "x_0",
 ) -> PrxDenoiser:  # fmt: skip
     """A fresh denoiser; the output layer and all modulations start at zero (adaLN-zero, arXiv:2212.09748)."""

@@ -1,15 +1,28 @@
-"""What tests of flows share: waiting for something with a limit, and a browser."""
+"""What tests of flows share: waiting for something with a limit, a browser, and smoke runs to compare with."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flows.config import LifecycleConfig
+from flows.dag import stage_specs
+from infra.config import load_yaml, parse
+from infra.stages import Resources
+from infra.storage import open_store
+from tasks.stage import Job, job_of
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+REPOSITORY = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync")
 
@@ -58,3 +71,51 @@ def barriers() -> "Callable[[Page], list[str]]":
                 if each["impact"] in ("serious", "critical")]  # fmt: skip
 
     return found
+
+
+class Smoke:
+    """Runs of presets/smoke.yaml without what a cluster has no say in."""
+
+    preset = str(REPOSITORY / "presets" / "smoke.yaml")
+    short = ("personalize=[]", "mix=[]", "distill=[]", "distill_pairs=[]", "compare=null", "evaluate.subjects=[]",
+             "posttrain.grpo=null", "posttrain.prompt_enhancer=null")  # fmt: skip
+    dated = ("report",)  # it shows times
+
+    def command(self, root: Path, *more: str) -> list[str]:
+        settings = [part for each in (*self.short, *more) for part in ("--set", each)]
+        return [sys.executable, "-m", "flows.cli", "run", self.preset, "--root", str(root), "--json", *settings]
+
+    def finished(self, done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
+        """Stage -> digest of a command's run."""
+        assert done.returncode == 0, done.stderr[-3000:]
+        stages = json.loads(done.stdout.strip().splitlines()[-1])["stages"]
+        return {stage["name"]: stage["digest"] for stage in stages if stage["name"] not in self.dated}
+
+    def training(self, root: Path, resources: Resources, *changes: str) -> Job:
+        """The job of pretrain-32 on what a root has."""
+        config = parse(LifecycleConfig, load_yaml(self.preset, [*self.short, *changes]), "smoke")
+        spec = next(spec for spec in stage_specs(config) if spec.name == "pretrain-32")
+        store = open_store(str(root))
+        return job_of(spec, store, {artifact.stage: artifact for artifact in store.list()}, resources)
+
+
+@pytest.fixture(scope="session")
+def smoke() -> Smoke:
+    return Smoke()
+
+
+@pytest.fixture(scope="session")
+def local(smoke: Smoke, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The root of a whole smoke run on this machine, and its digests."""
+    root = tmp_path_factory.mktemp("smoke") / "local"
+    values = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(smoke.command(root), capture_output=True, text=True, check=False, env=values)
+    return root, smoke.finished(done)
+
+
+@pytest.fixture
+def curated(local: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
+    """A root that has the smoke run's training set and nothing after it."""
+    for stage in ("source", "download", "dedup", "quality", "buckets", "encode"):
+        shutil.copytree(local[0] / stage, tmp_path / "curated" / stage)
+    return tmp_path / "curated"

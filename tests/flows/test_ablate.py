@@ -1,7 +1,7 @@
 import pytest
 
 from flows.ablate import ablate, arm, changed, paired
-from flows.config import LifecycleConfig
+from flows.config import LifecycleConfig, PosttrainConfig
 from flows.dag import latents
 from flows.nightly import begin
 from flows.run import LogDisplay
@@ -37,7 +37,7 @@ def test_arms_in_latents_are_built_around_the_vae_and_read_its_training_set() ->
 
 
 def test_a_foreign_model_has_no_judge_for_arms_and_nights(tmp_path) -> None:
-    config = LifecycleConfig(model=ModelConfig(source=str(tmp_path)))
+    config = LifecycleConfig(model=ModelConfig(source=str(tmp_path)), posttrain=PosttrainConfig(dpo=None))
     with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):
         ablate(config, "repa", 2, 1.0, tmp_path, LogDisplay())
     with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):

@@ -1,6 +1,5 @@
 """Stages as jobs of a real Ray cluster of two nodes behind a token: same digests, lost drivers and nodes, cancel, racers."""
 
-import json
 import os
 import secrets
 import shutil
@@ -13,22 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.config import LifecycleConfig
-from flows.dag import stage_specs
-from infra.config import load_yaml, parse
 from infra.embedded import environment, free_port, quiet_environment
 from infra.stages import Resources
-from infra.storage import open_store
 from tasks.ray_jobs import RayJobLauncher
-from tasks.stage import job_of, silent
+from tasks.stage import silent
 
 pytestmark = [pytest.mark.lifecycle, pytest.mark.ray, pytest.mark.prefect, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).parents[2]
-SMOKE = str(REPOSITORY / "presets" / "smoke.yaml")
-SHORT = ["personalize=[]", "mix=[]", "distill=[]", "distill_pairs=[]", "compare=null", "evaluate.subjects=[]",
-         "posttrain.grpo=null", "posttrain.prompt_enhancer=null"]  # fmt: skip
-CURATION = ("source", "download", "dedup", "quality", "buckets", "encode")
-DATED = ("report",)  # it shows times
 LONG = ("pretrain.0.train.steps=100000", "pretrain.0.train.checkpoint_every=10")
 
 
@@ -69,43 +59,8 @@ def nodes():
         made.cluster.shutdown()
 
 
-def command(root, *more):
-    settings = [part for each in (*SHORT, *more) for part in ("--set", each)]
-    return [sys.executable, "-m", "flows.cli", "run", SMOKE, "--root", str(root), "--json", *settings]
-
-
 def on(nodes):
     return ["run.resources.launcher=rayjob", f"run.resources.ray_address={nodes.jobs_address}"]
-
-
-def finished(done):
-    """Stage -> digest of a command's run."""
-    assert done.returncode == 0, done.stderr[-3000:]
-    stages = json.loads(done.stdout.strip().splitlines()[-1])["stages"]
-    return {stage["name"]: stage["digest"] for stage in stages if stage["name"] not in DATED}
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """The root of a whole run on this machine, and its digests."""
-    root = tmp_path_factory.mktemp("cluster") / "local"
-    values = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return root, finished(subprocess.run(command(root), capture_output=True, text=True, check=False, env=values))
-
-
-@pytest.fixture
-def curated(local, tmp_path):
-    """A root that has the training set and nothing after it."""
-    for stage in CURATION:
-        shutil.copytree(local[0] / stage, tmp_path / "curated" / stage)
-    return tmp_path / "curated"
-
-
-def training(root, resources, *changes):
-    config = parse(LifecycleConfig, load_yaml(SMOKE, [*SHORT, *changes]), "smoke")
-    spec = next(spec for spec in stage_specs(config) if spec.name == "pretrain-32")
-    store = open_store(str(root))
-    return job_of(spec, store, {artifact.stage: artifact for artifact in store.list()}, resources)
 
 
 def states(nodes, key):
@@ -131,22 +86,24 @@ def checkpoints(root):
     return list((root / ".scratch").glob("pretrain-32-*/work/checkpoints/step-*"))
 
 
-def test_a_killed_driver_s_job_goes_on_and_the_lifecycle_ends_with_the_local_digests(local, nodes, tmp_path, until):
+def test_a_killed_driver_s_job_goes_on_and_the_lifecycle_ends_with_the_local_digests(
+    smoke, local, nodes, tmp_path, until
+):
     from ray.job_submission import JobSubmissionClient
 
     root = tmp_path / "cluster"
-    first = subprocess.Popen(command(root, *on(nodes)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    first = subprocess.Popen(smoke.command(root, *on(nodes)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     running = until(lambda: [job for job in JobSubmissionClient(nodes.jobs_address).list_jobs() if job.metadata["stage"] == "pretrain-32"], 300)  # fmt: skip
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    second = subprocess.run(command(root, *on(nodes)), capture_output=True, text=True, check=False)
-    assert finished(second) == local[1]
+    second = subprocess.run(smoke.command(root, *on(nodes)), capture_output=True, text=True, check=False)
+    assert smoke.finished(second) == local[1]
     assert states(nodes, running[0].metadata["key"]) == ["SUCCEEDED"]  # found again, not started again
 
 
-def test_eight_at_once_make_one_job_and_one_artifact(curated, nodes):
+def test_eight_at_once_make_one_job_and_one_artifact(smoke, curated, nodes):
     resources = Resources(launcher="rayjob", ray_address=nodes.jobs_address)
-    job = training(curated, resources, "pretrain.0.train.seed=5")  # a key that no other test has
+    job = smoke.training(curated, resources, "pretrain.0.train.seed=5")  # a key that no other test has
     launchers = [RayJobLauncher(job.resources) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda launcher: launcher.run(job, silent), launchers))
@@ -154,9 +111,11 @@ def test_eight_at_once_make_one_job_and_one_artifact(curated, nodes):
     assert states(nodes, job.key) == ["SUCCEEDED"]
 
 
-def test_an_interrupted_run_leaves_nothing_at_work(curated, nodes, until):
-    job = training(curated, Resources(), *LONG)
-    run = subprocess.Popen(command(curated, *LONG, *on(nodes)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_an_interrupted_run_leaves_nothing_at_work(smoke, curated, nodes, until):
+    job = smoke.training(curated, Resources(), *LONG)
+    run = subprocess.Popen(
+        smoke.command(curated, *LONG, *on(nodes)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         until(lambda: run.poll() is not None or checkpoints(curated), 180)
         assert at_work()
@@ -168,12 +127,12 @@ def test_an_interrupted_run_leaves_nothing_at_work(curated, nodes, until):
     assert states(nodes, job.key) == ["STOPPED"]
 
 
-def test_a_lost_node_is_made_up_for_and_changes_no_digest(curated, nodes, tmp_path, until):
+def test_a_lost_node_is_made_up_for_and_changes_no_digest(smoke, curated, nodes, tmp_path, until):
     steps = ("pretrain.0.train.steps=300", "pretrain.0.train.checkpoint_every=10")
     shutil.copytree(curated, tmp_path / "calm")
     resources, told = Resources(launcher="rayjob", ray_address=nodes.jobs_address, num_workers=2), []
     with ThreadPoolExecutor(1) as pool:
-        launcher, job = RayJobLauncher(resources), training(curated, resources, *steps)
+        launcher, job = RayJobLauncher(resources), smoke.training(curated, resources, *steps)
         ending = pool.submit(launcher.run, job, lambda *progress: told.append(progress[1]))
         until(lambda: ending.done() or (told and told[-1] > 20), 180)
         at, before = told[-1], len(told)
@@ -182,5 +141,5 @@ def test_a_lost_node_is_made_up_for_and_changes_no_digest(curated, nodes, tmp_pa
         artifact = ending.result(300)
     assert at < 300
     assert min(told[before:]) >= at - 10  # it went on from the last checkpoint
-    calm = training(tmp_path / "calm", resources, *steps)  # two workers again: one adds in another order
+    calm = smoke.training(tmp_path / "calm", resources, *steps)  # two workers again: one adds in another order
     assert artifact.digest == RayJobLauncher(resources).run(calm, silent).digest

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,19 @@ def test_the_reward_model_reaches_whom_it_rewards() -> None:
 def test_a_guard_looks_where_the_log_ends() -> None:
     with pytest.raises(ConfigError, match="guard.every=7"):
         lifecycle("posttrain-all.yaml", "posttrain.grpo.guard.every=7")
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ("posttrain.pairs.source=judge", "posttrain.pairs.source to data"),
+        ("posttrain.grpo.rewards=[{kind: judge}]", "posttrain.grpo.rewards to"),
+        ("posttrain.grpo.guard={}", "posttrain.grpo.guard to null"),
+        ("posttrain.dpo.guard={}", "posttrain.dpo.guard to null"),
+        ("posttrain.prompt_enhancer={check: {}}", "posttrain.prompt_enhancer.check to null"),
+    ],
+)
+def test_a_foreign_model_is_not_judged_by_the_demo_s_scenes(change: str, advice: str) -> None:
+    assert lifecycle("posttrain-hub.yaml").posttrain.judged == []
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        lifecycle("posttrain-hub.yaml", change)

@@ -77,14 +77,43 @@ def test_failed_stage_is_rerun_alone_and_the_graph_shows_stages(lifecycle, count
     assert _edges()["sft"] == {"source", "pretrain"}
 
 
+def test_what_a_stage_logs_is_its_task_s_log_without_secrets(lifecycle, counts, tmp_path, monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter
+
+    monkeypatch.setenv("TOY_API_KEY", "a-secret-of-many-letters")
+    config, specs = lifecycle
+    (tmp_path / "ready").touch()
+    drive.run_lifecycle(config, plan(specs, open_store(config.run.root)), [], LogDisplay())
+    run = _newest()
+    with get_client(sync_client=True) as client:
+        for _ in range(50):  # they are sent in the background
+            lines = client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))
+            ours = [line for line in lines if line.name == "tasks.toys"]
+            if len(ours) == 3:
+                break
+            time.sleep(0.2)
+    assert {line.message for line in ours} == {f"{stage}: makes 1 with ***" for stage in ("source", "judge", "report")}
+    assert len({line.task_run_id for line in ours} - {None}) == 3
+    told = {line.message: line.task_run_id for line in lines if line.name == "flows.run"}
+    assert told["stage 3/5 pretrain: RUN (not made yet)"] is None
+
+
+def _newest():
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
 def _edges():
     """Stage -> stages it takes results from, of the newest flow run."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
 
+    newest = _newest()
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
         for _ in range(50):  # the server writes task runs a moment later
             tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest.id]}))
             if len(tasks) == 5:

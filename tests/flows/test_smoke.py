@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -26,12 +29,28 @@ HERE = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "None", socket.gethostname()
 def command(*arguments: str, root: Path) -> Any:
     path = os.pathsep.join([str(TRACED), str(PRESET.parents[1])])  # this tree, wherever t2i is installed from
     environment = {**os.environ, "PYTHONPATH": path, "NETWORK_TRACE": str(root.parent / "hosts.txt")}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*T2I, *arguments, "--set", f"run.root={root}", "--json"],
-        capture_output=True, text=True, check=False, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with ThreadPoolExecutor(1) as pool:
+        doors = pool.submit(open_doors, process)
+        out, err = process.communicate()
+    assert process.returncode == 0, out[-1000:] + err[-3000:]
+    assert doors.result() <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def open_doors(process: "subprocess.Popen[str]") -> set[str]:
+    """Addresses that a command, or anything it started, listened on while it ran."""
+    found = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    found |= {at.laddr.ip for at in each.net_connections("tcp") if at.status == psutil.CONN_LISTEN}
+        time.sleep(0.5)
+    return found
 
 
 def kill_when(stages_done: int, root: Path) -> None:

@@ -1,6 +1,7 @@
 """Toy stages with real files: small enough for a second, shaped like a lifecycle. Also a script for the kill tests."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from infra.config import Config, versioned
 from infra.errors import DataRefused, GateFailed
 from infra.stages import StageContext, StageSpec
 from tasks.catalog import StageFunction
+
+log = logging.getLogger("tasks.toys")
 
 
 class ToyConfig(Config):
@@ -40,6 +43,7 @@ def make(config: ToyConfig, ctx: StageContext) -> dict[str, Any]:
         raise DataRefused(f"toy {ctx.name} waits for {config.fail_unless}")
     if config.gate == "strict":
         raise GateFailed("toy gate: 0 < 1")
+    log.info("makes %d with %s", config.value, os.environ.get("TOY_API_KEY", "no key"))
     doubled = ctx.fan_out(double, [config.value, *range(3)])
     (ctx.out / "value.json").write_text(json.dumps({"doubled": doubled, "inputs": read(ctx)}, sort_keys=True))
     gates = (

@@ -1,6 +1,7 @@
 """docker-compose.yml and the cluster files fit their schemas and keep their promises: loopback, pinned, no literal secrets."""
 
 import json
+import shutil
 import subprocess
 from importlib.resources import files
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_every_command_is_known_to_the_start_script() -> None:
         command = service.get("command", [])
         if command and command[0] == "infra/deploy/start":
             assert f"  {command[1]})" in script
+
+
+def test_prometheus_asks_services_that_are_there() -> None:
+    path = ROOT / "infra/deploy/prometheus.yml"
+    scraped = [place for each in yaml.safe_load(path.read_text())["scrape_configs"] for place in each["dns_sd_configs"]]
+    assert {name for place in scraped for name in place["names"]} == {"ray-head", "ray-worker", "serve"}
+    assert {place["port"] for place in scraped} == {8080, 8000}  # what infra/deploy/start gives them
+    if promtool := shutil.which("promtool"):
+        subprocess.run([promtool, "check", "config", "--syntax-only", str(path)], check=True, capture_output=True)
 
 
 def test_it_fits_the_compose_specification() -> None:

@@ -146,6 +146,10 @@ def test_ray_is_quiet_asks_for_a_token_and_ends(
 
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
         assert ray.get(ray.remote(lambda: 3).remote()) == 3
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = [at.laddr.ip for each in family for at in each.net_connections("tcp") if at.status == "LISTEN"]
+        assert len(listening) > 3  # head, raylet, agents
+        assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1"}
         address = ray.get_runtime_context().gcs_address
         stranger = subprocess.run(
             [sys.executable, "-c", f"import ray; ray.init(address='{address}', logging_level='CRITICAL'); print('in')"],

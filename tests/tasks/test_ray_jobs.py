@@ -18,10 +18,11 @@ KEY = "a" * 64
 
 
 class Head:
-    """A head whose one job has a state and a log; it can go away and come back on the same port."""
+    """A head whose first job has a state and a log, and which notes later ones; it can go away and come back."""
 
     def __init__(self, port=0):
         head, self.state, self.log, self.asked, self.stopped = self, "RUNNING", "", threading.Event(), False
+        self.later = {}
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
@@ -34,16 +35,22 @@ class Head:
                 head.asked.set()
                 if self.path.endswith("/logs"):
                     return self.answer({"logs": head.log})
-                return self.answer(
-                    {"type": "SUBMISSION", "status": head.state, "entrypoint": "x", "submission_id": "x"}
-                )
+                name = self.path.rpartition("/")[2]
+                state = head.state if name.endswith("-0") else head.later.get(name)
+                if state is None:
+                    return self.answer({}, 404)
+                return self.answer({"type": "SUBMISSION", "status": state, "entrypoint": "x", "submission_id": name})
 
             def do_POST(self):
-                head.stopped, head.state = True, "STOPPED"
-                self.answer({"stopped": True})
+                if self.path.endswith("/stop"):
+                    head.stopped, head.state = True, "STOPPED"
+                    return self.answer({"stopped": True})
+                job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                head.later[job["submission_id"]] = "RUNNING"
+                return self.answer({"job_id": job["submission_id"], "submission_id": job["submission_id"]})
 
-            def answer(self, body):
-                self.send_response(200)
+            def answer(self, body, status=200):
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
                 self.wfile.write(json.dumps(body).encode())
@@ -142,3 +149,55 @@ def test_close_stops_the_job_and_errors_keep_their_kind(head, job):
     assert head.stopped
     assert isinstance(came[0], DataRefused)
     assert str(came[0]) == "no rows"
+
+
+def test_the_job_s_log_is_passed_on_once_and_keeps_its_levels(head, job, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "LOOK_PAUSE", 0.0)
+    caplog.set_level("INFO", "tasks.ray_jobs")
+    head.log = f"2026-01-01 10:00:00,000 WARNING tasks.x: short of rows\nplain\n{PROGRESS_MARK}[3, 9, {{}}]\nhalf a"
+    heard = threading.Event()
+    _, thread, _ = launched(head, job, lambda *_: heard.set())
+    assert heard.wait(10)
+    head.log += " line\nlast\n"
+    finish(job, tmp_path)
+    head.state = "SUCCEEDED"
+    thread.join(20)
+    lines = [(each.levelname, each.getMessage()) for each in caplog.records if each.name == "tasks.ray_jobs"]
+    assert [level for level, text in lines if text.endswith("short of rows")] == ["WARNING"]
+    assert [text for level, text in lines if level == "INFO"][-3:] == ["plain", "half a line", "last"]
+
+
+def test_a_job_that_was_lost_goes_on_in_a_new_one(head, job, tmp_path):
+    _, thread, came = launched(head, job)
+    head.state = "FAILED"  # and its log tells no error: the process was killed, or its node is gone
+    until = time.monotonic() + 10
+    while not head.later and time.monotonic() < until:
+        time.sleep(0.01)
+    (name,) = head.later
+    made = finish(job, tmp_path)
+    head.later[name] = "SUCCEEDED"
+    thread.join(20)
+    assert name.endswith("-1")
+    assert came[0].digest == made.digest
+
+
+def test_a_job_that_is_lost_again_and_again_is_given_up(head, job, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "RESTARTS", 0)
+    head.log = "Killed\n"
+    _, thread, came = launched(head, job)
+    head.state = "FAILED"
+    thread.join(20)
+    assert not head.later
+    assert "ended as FAILED: Killed" in str(came[0])
+
+
+def test_two_roots_with_one_key_have_jobs_of_two_names(head, job, tmp_path):
+    names = []
+    for root in (tmp_path / "one", tmp_path / "two"):
+        launcher, thread, _ = launched(head, job.model_copy(update={"root": str(root)}))
+        names.append(launcher.running)
+        head.asked.clear()
+        launcher.close()
+        thread.join(20)
+        head.state = "RUNNING"
+    assert len(set(names)) == 2

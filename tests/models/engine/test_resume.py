@@ -163,6 +163,20 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, batches, tmp_p
     assert found[0] == CONFIG.steps - 1
 
 
+def test_a_grid_whose_drawing_was_killed_is_drawn_again(tiny, batches, tmp_path: Path) -> None:
+    config, drawn = CONFIG.model_copy(update={"sample_every": 2}), []
+
+    def killed(step: int, _: Trainer) -> None:
+        if step == 4:
+            raise KilledError
+        drawn.append(step)
+
+    with pytest.raises(KilledError):
+        train(flow(tiny), batches, config, tmp_path, on_sample=killed)
+    train(flow(tiny), batches, config, tmp_path, on_sample=lambda step, _: drawn.append(step))
+    assert drawn == [2, 4, 6, 8]
+
+
 def test_running_a_finished_training_again_does_nothing(tiny, batches, tmp_path: Path) -> None:
     first = train(flow(tiny), batches, CONFIG, tmp_path)
 
