@@ -10,7 +10,7 @@ from typing import Protocol, assert_never
 from PIL import Image
 
 from data_curation.filter_config import ComposedCaptions, VisionLanguageModel
-from data_curation.hub_models import load
+from infra.hub_models import load
 
 COMPOSED = "composed 1"  # the version of the sentences below
 SENTENCES = ("title", "page_title", "alt", "alt_text", "description")

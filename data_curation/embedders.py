@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_curation.encode import packaged_encoder
 from data_curation.filter_config import HubEmbedder, PackagedEmbedder
-from data_curation.hub_models import load, pinned
+from infra.hub_models import load, pinned
 
 BATCH = 16
 Floats = NDArray[np.float32]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from data_curation.own_data import OwnData, with_fingerprint
+from data_curation.own_data import OwnData
 from infra.config import Config
+from infra.hub_models import HubModel
 from infra.stages import IF_SET, UNVERSIONED
 
 
@@ -115,19 +116,6 @@ class PackagedEmbedder(Config):
 
     kind: Literal["packaged"] = Field(default="packaged", description="The packaged image encoder.")
     side: int = Field(default=224, ge=64, le=512, multiple_of=32, description="Pictures are resized to this, px.")
-
-
-class HubModel(Config):
-    """A model of transformers by its place; a folder's digest is part of the stage key."""
-
-    model: str = Field(min_length=1, description="Folder, or hub id OWNER/NAME.")
-    revision: str | None = Field(default=None, description="Commit of the hub; a folder is known by its weights.")
-    fingerprint: str | None = Field(default=None, description="Digest of the folder; None: taken when this is read.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_fingerprint(cls, data: Any) -> Any:
-        return with_fingerprint(data)
 
 
 class HubEmbedder(HubModel):

@@ -20,13 +20,6 @@ def fingerprint(path: str) -> str | None:
     return local_files.fingerprint(Path(path))
 
 
-def with_fingerprint(data: Any) -> Any:
-    """Settings of a `model` that may be a folder, with that folder's digest."""
-    if not isinstance(data, dict) or not isinstance(data.get("model"), str) or data.get("fingerprint"):
-        return data
-    return data | {"fingerprint": local_files.fingerprint(Path(data["model"]))}
-
-
 class OwnData(Config):
     """Data at a path; its fingerprint is part of the stage key, so changed data is read again."""
 

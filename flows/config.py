@@ -75,15 +75,15 @@ class PosttrainConfig(Config):
     def judged(self) -> list[str]:
         """What asks the demo's judge, and what to set instead."""
         found = []
-        if self.needs_pairs and self.pairs_table is None and self.pairs.source == "judge":
-            found.append("posttrain.pairs.source to data")
-        if self.dpo is not None and self.dpo.guard is not None:
-            found.append("posttrain.dpo.guard to null")
+        if self.needs_pairs and self.pairs_table is None and self.pairs.source == "judge" and self.pairs.hub is None:
+            found.append("posttrain.pairs.source to data, or posttrain.pairs.hub to a reward")
         for stage in self.online:
             if any(term.kind == "judge" for term in stage.rewards):
-                found.append(f"posttrain.{stage.name}.rewards to [{{kind: model}}] or [{{kind: sharpness}}]")
-            if stage.guard is not None:
-                found.append(f"posttrain.{stage.name}.guard to null")
+                kinds = "[{kind: model}], [{kind: sharpness}] or one of kind hub"
+                found.append(f"posttrain.{stage.name}.rewards to {kinds}")
+        for branch in (*self.online, *(() if self.dpo is None else (self.dpo,))):
+            if branch.guard is not None and branch.guard.held_out is None:
+                found.append(f"posttrain.{branch.name}.guard to null, or its held_out to a reward")
         if self.prompt_enhancer is not None and self.prompt_enhancer.check is not None:
             found.append("posttrain.prompt_enhancer.check to null")
         return found
@@ -170,6 +170,9 @@ class LifecycleConfig(Config):
         if self.autoencoder is not None and (self.model is not None or self.personalize or self.mix or self.distill):
             raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
                              "personalize, mix and distill to []")  # fmt: skip
+        detector = self.evaluate.detector
+        if self.model is None and detector is not None and detector.clip is None:
+            raise ValueError("evaluate.detector names the backgrounds of the demo's scenes too; give it a clip")
         if self.model is not None and (judged := self.posttrain.judged):
             raise ValueError(f"the judge knows the demo's scenes, a foreign model does not; change {'; '.join(judged)}")
         if self.model is not None and (self.personalize or self.mix or self.distill):

@@ -60,6 +60,9 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start))
     exports = {name: name for name in (*tuned, *post.branches)}
     specs += prompt_enhancement(config) + distances(config, ("model", *exports))
+    if config.evaluate.geneval is not None:
+        drawn = {"model": "model", **exports}
+        specs.append(spec_of("evaluate", "measure_prompts", config.evaluate, **drawn))
     return [*specs, spec_of("export", "export", config.export, **exports)]
 
 

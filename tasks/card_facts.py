@@ -87,6 +87,8 @@ def judged(store: Store, graph: Graph, artifact: Artifact, steps: int, own_steps
     """Gates of the newest evaluation and comparison that read the checkpoint, and the scores at `steps` steps."""
     verdicts, scores, prompts, examples = list[Mapping[str, Any]](), list[Score](), list[str](), None
     evaluation, role = _reader(graph, artifact, "evaluate")
+    if evaluation is None:
+        evaluation, role = _reader(graph, artifact, "measure_prompts")
     if evaluation is not None:
         record = json.loads(store.read(evaluation, "scores.json"))
         verdicts += [v for v in (*record.get("gates", []), *record.get("collapse", [])) if v["stage"] == role]

@@ -71,6 +71,7 @@ TRAITS: dict[str, Traits] = {
     "distill": Traits("checkpoint", "models.distillation.config:DistillConfig", "tasks.distill:distill", runs="train", version=2),
     "compare": Traits("scores", "tasks.config:CompareConfig", "tasks.compare:compare"),
     "evaluate": Traits("scores", "tasks.config:EvaluateConfig", "tasks.evaluate:evaluate", version=3),
+    "measure_prompts": Traits("scores", "tasks.config:EvaluateConfig", "tasks.prompt_scores:measure_prompts"),
     "export": Traits("pipelines", "tasks.config:ExportConfig", "tasks.export:export", version=5),
     "report": Traits("report", "tasks.config:ReportConfig", "tasks.report:report"),
     "promote": Traits("pointer", "tasks.promote:PromoteConfig", "tasks.promote:promote"),

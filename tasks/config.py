@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from data_curation.filter_config import Embedding, PackagedEmbedder
 from infra.config import Config
 from infra.local_files import fingerprint
-from models.evaluation.config import GateConfig, JudgeConfig
+from infra.stages import IF_SET
+from models.evaluation.config import DetectorConfig, GateConfig, HubReward, JudgeConfig, PromptFile
+from models.evaluation.geneval import read_prompts
 
 __all__ = [
     "CompareConfig",
@@ -81,6 +83,30 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind each kernel-distance interval")
     grid_prompts: int = Field(default=12, ge=1, description="Prompts in the cross-stage grid")
     batch_size: int = Field(default=8, ge=1, description="Pictures sampled at a time; few stay in a CPU's cache")
+    detector: DetectorConfig | None = Field(
+        default=None, description="Names what pictures show, for the categories and geneval; null: the judge",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+    geneval: PromptFile | None = Field(
+        default=None, description="Prompts of GenEval's form that every checkpoint draws", json_schema_extra=IF_SET
+    )
+    rewards: tuple[HubReward, ...] = Field(
+        default=(), description="PickScore, HPS or CLIP of every prompt list", json_schema_extra=IF_SET
+    )
+
+    @model_validator(mode="after")
+    def _detector_answers(self) -> EvaluateConfig:
+        refuse_twice(self.rewards)
+        if self.detector is not None and self.detector.clip is None and self.geneval is None:
+            raise ValueError("detector names the demo's colours too; give it a clip")
+        if self.geneval is None:
+            return self
+        if self.detector is None:
+            raise ValueError("geneval needs a detector; set evaluate.detector.model")
+        path = Path(self.geneval.path).expanduser()
+        if self.detector.clip is None and path.exists() and any(p.asks_colour for p in read_prompts(path)):
+            raise ValueError(f"{path} asks for colours; give the detector a clip that names them")
+        return self
 
 
 class DistributionConfig(Config):
@@ -90,6 +116,9 @@ class DistributionConfig(Config):
     aesthetic: Path | None = Field(
         default=None, description="Linear head on the embedding (safetensors: weight, bias) that scores aesthetics"
     )
+    rewards: tuple[HubReward, ...] = Field(
+        default=(), description="PickScore, HPS or CLIP of the pictures and their captions", json_schema_extra=IF_SET
+    )
     pictures: int = Field(default=256, ge=40, description="Pictures drawn; as many real ones are compared with")
     training: int = Field(default=1024, ge=1, description="Training pictures searched for copies")
     resolution: int | None = Field(
@@ -98,6 +127,18 @@ class DistributionConfig(Config):
     caption: Literal["short", "long"] = Field(default="short", description="Captions that are drawn")
     bootstrap: int = Field(default=200, ge=20, description="Resamples behind intervals of means")
     seed: int = Field(default=1234, ge=0, description="Chooses pictures and noise")
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> DistributionConfig:
+        refuse_twice(self.rewards)
+        return self
+
+
+def refuse_twice(rewards: tuple[HubReward, ...]) -> None:
+    """Scores are told apart by their names."""
+    labels = [reward.label for reward in rewards]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"two rewards are called {twice[0]!r}; give one of them a name")
 
 
 class ReportConfig(Config):

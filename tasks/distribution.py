@@ -8,7 +8,7 @@ what real pictures get. Left out: captions that several pictures share are drawn
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from infra.errors import DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
 from models.evaluation.aesthetic import aesthetic_score
+from models.evaluation.clip import clip_of
 from models.evaluation.distribution import LEAST, distribution
 from models.evaluation.intervals import Score, bootstrap
 from models.evaluation.memorisation import memorisation
 from models.networks.checkpoint import read_card
+from models.posttraining.clip_reward import hub_scores
 from models.sampling.generate import load_generator
 from tasks.config import DistributionConfig
 
@@ -99,8 +101,10 @@ class Measured:
     unseen: np.ndarray
     training: np.ndarray
 
-    def scores(self, features: np.ndarray, trained_on: bool = True) -> tuple[dict[str, Score], np.ndarray | None]:
-        """Every measure of pictures of the asked captions; and the nearest training picture of each."""
+    def scores(
+        self, images: Sequence[np.ndarray] | np.ndarray, features: np.ndarray, trained_on: bool = True
+    ) -> tuple[dict[str, Score], np.ndarray | None]:
+        """Every measure of pictures of the asked captions and of their features; and the nearest training picture of each."""
         rng = np.random.default_rng([self.config.seed, 72])
         found = distribution(features, self.real, self.config.bootstrap, rng)
         words = self.embed.texts(self.asked.captions)
@@ -108,6 +112,8 @@ class Measured:
             found["image_text"] = self._mean((features * words).sum(1), rng)
         if self.config.aesthetic is not None:
             found["aesthetic"] = self._mean(aesthetic_score(features, self.config.aesthetic), rng)
+        for reward in self.config.rewards:
+            found[f"hub_{reward.label}"] = self._mean(hub_scores(reward, images, self.asked.captions), rng)
         if not trained_on or len(self.unseen) * ERROR < 1:
             return found, None
         copies = memorisation(features, self.training, self.unseen, ERROR)
@@ -137,21 +143,23 @@ def measure_distribution(config: DistributionConfig, ctx: StageContext) -> dict[
     )
     floor, real = embedded(embed, asked.images), embedded(embed, others.images)
     measured = Measured(config, embed, asked, real, np.concatenate([floor, real]), embedded(embed, learnt.images))
-    scores = {REAL: measured.scores(floor, trained_on=False)[0]}
+    scores = {REAL: measured.scores(asked.images, floor, trained_on=False)[0]}
     jobs = [Job(folder, asked.captions, config.seed) for folder in checkpoints.values()]
     for place, (stage, images) in enumerate(zip(checkpoints, ctx.fan_out(draw, jobs), strict=True)):
-        scores[stage], nearest = measured.scores(embedded(embed, images))
+        scores[stage], nearest = measured.scores(images, embedded(embed, images))
         if nearest is not None:
             show_nearest(images, learnt.images, nearest, ctx.out / f"nearest-{stage}.png")
         ctx.progress(place + 1, len(jobs), {})
     about = {"model": embed.name, "features": int(real.shape[1])}
-    record = {
+    record: dict[str, Any] = {
         "embedding": about,
         "resolution": resolution,
         "pictures": half,
         "training": len(learnt.images),
         "scores": scores,
     }
+    if config.rewards:
+        record["models"] = {f"hub_{reward.label}": clip_of(reward).name for reward in config.rewards}
     (ctx.out / "distribution.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     return record
 

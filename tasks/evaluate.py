@@ -19,13 +19,15 @@ from models.evaluation.gates import Verdict, judge_collapse, judge_gate, paired_
 from models.evaluation.judge import SIDE, Judge, area_average
 from models.sampling.generate import load_generator
 from tasks.config import EvaluateConfig
-from tasks.evaluate_prompts import Prompts, grid_prompts, prompt_set, several_seeds, subject_prompts
+from tasks.evaluate_detector import GENEVAL, file_prompts, ready
+from tasks.evaluate_prompts import Prompts, geneval_list, grid_prompts, prompt_set, several_seeds, subject_prompts
 from tasks.evaluate_scores import (
     Reference,
     Sheet,
     label_of,
     score_distance,
     score_diversity,
+    score_geneval,
     score_set,
     suffix_of,
 )
@@ -41,7 +43,7 @@ class Asked:
     """One prompt list, the side of its pictures, and who is asked (None: every checkpoint)."""
 
     prompts: Prompts
-    side: int
+    side: int | None  # None: that of each checkpoint
     stages: tuple[str, ...] | None
 
 
@@ -75,6 +77,8 @@ def lists_of(config: EvaluateConfig) -> dict[str, Asked]:
     if config.diversity_prompts:
         several = several_seeds(config.diversity_prompts, config.diversity_seeds, config.seed)
         lists[DIVERSITY] = Asked(several, SIDE, None)
+    if config.geneval is not None:
+        lists[GENEVAL] = Asked(geneval_list(config.geneval, config.seed), config.geneval.side, None)
     for subject in config.subjects:
         asked = (subject.stage, subject.parent, *subject.mixed)
         lists[subject_label(subject)] = Asked(subject_prompts(subject, config.seed), SIDE, asked)
@@ -100,7 +104,7 @@ def draw_all(
         for label, asked in lists.items()
         if asked.stages is None or stage in asked.stages
     ]
-    jobs.sort(key=lambda job: -len(job.asked.prompts) * job.asked.side**2)
+    jobs.sort(key=lambda job: -len(job.asked.prompts) * (job.asked.side or SIDE) ** 2)
     drawn: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in checkpoints}
     for start in range(0, len(jobs), CHUNKS):
         part = jobs[start : start + CHUNKS]
@@ -113,7 +117,9 @@ def draw_all(
 def real_pictures(lists: Mapping[str, Asked], seed: int) -> dict[str, np.ndarray]:
     """Renders of every list's scenes: what a perfect model would draw."""
     return {
-        label: draw_batch(asked.prompts.scenes, asked.side, seed + i) for i, (label, asked) in enumerate(lists.items())
+        label: draw_batch(asked.prompts.scenes, asked.side or SIDE, seed + i)
+        for i, (label, asked) in enumerate(lists.items())
+        if asked.prompts.scenes
     }
 
 
@@ -152,6 +158,8 @@ def score_pictures(
             score_distance(sheet, judge, drawn[label], reference, config)
     if DIVERSITY in drawn:
         score_diversity(sheet, judge, drawn[DIVERSITY], config)
+    if GENEVAL in drawn and config.geneval is not None:
+        score_geneval(sheet, file_prompts(config.geneval), lists[GENEVAL].prompts.seeds, drawn[GENEVAL], config)
     score_subjects(sheet, judge, {label: asked.prompts for label, asked in lists.items()}, drawn, config)
     return sheet
 
@@ -173,6 +181,13 @@ def write_samples(out: Path, judge: Judge, grid: Asked, pictures: Mapping[str, n
     record = {"prompts": prompts.texts, "seeds": prompts.seeds, "scenes": [scene.id for scene in prompts.scenes],
               "stages": list(pictures), "right": right}  # fmt: skip
     (out / "grid.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_geneval(out: Path, sheets: Mapping[str, Sheet]) -> None:
+    """geneval.jsonl: every picture of the prompt file with what is wrong with it, where there is such a file."""
+    rows = [{"stage": stage, **row} for stage, sheet in sheets.items() for row in sheet.geneval]
+    if rows:
+        (out / "geneval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def parents_of(ctx: StageContext, stages: Mapping[str, Any]) -> dict[str, str]:
@@ -204,6 +219,7 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
     checkpoints = {role: folder for role, folder in ctx.inputs.items() if role not in NOT_CHECKPOINTS}
     refuse_unknown(config, checkpoints)
     judge, lists = Judge.load(ctx.inputs["judge"]), lists_of(config)
+    (models,) = ctx.fan_out(ready, [(config, judge.vocabulary.objects)])
     drawn = draw_all(config, ctx, lists, checkpoints)
     drawn[REAL] = real_pictures(lists, config.seed + 50)
     reference = Reference.of(judge, config.sets[0], lists[label_of(config.sets[0])].prompts, config)
@@ -220,8 +236,9 @@ def evaluate(config: EvaluateConfig, ctx: StageContext) -> dict[str, Any]:
         "scores": scores, "real": real.scores, "deltas": deltas(sheets, parents), "parents": parents, "gates": verdicts, "collapse": collapse,
         "detail": {stage: sheet.detail() for stage, sheet in sheets.items()}, "calibration": judge.calibration,
         "sets": {label: {"prompts": len(a.prompts), "side": a.side} for label, a in lists.items()},
-    }  # fmt: skip
+    } | ({"models": models} if models else {})  # fmt: skip
     (ctx.out / "scores.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_geneval(ctx.out, sheets)
     write_samples(ctx.out, judge, lists[GRID], {stage: pictures[GRID] for stage, pictures in drawn.items()})
     raise_missed([*(verdicts if config.strict_gates else ()), *(collapse if config.refuse_collapsed else ())])
     return {"scores": scores, "gates": verdicts, "collapse": collapse, "checkpoints": len(checkpoints)}

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_curation.scenes import BACKGROUNDS, LAYOUTS, Scene, all_scenes, long_caption, short_caption
+from models.evaluation.config import PromptFile
 from tasks.config import PromptSetName, SubjectConfig
+from tasks.evaluate_detector import file_prompts
 
 SEEDS_APART = 1_000_003
 
@@ -92,3 +94,9 @@ def grid_prompts(count: int, seed: int, subjects: tuple[SubjectConfig, ...]) -> 
         one = subject_prompts(subject, seed)
         picked += Prompts(one.texts[:1], one.seeds[:1], one.scenes[:1])
     return picked
+
+
+def geneval_list(file: PromptFile, seed: int) -> Prompts:
+    """Each prompt of a file with several noises, prompt by prompt; there are no scenes."""
+    texts = tuple(prompt.text for prompt in file_prompts(file) for _ in range(file.pictures))
+    return Prompts(texts, tuple((seed + 3) * SEEDS_APART + i for i in range(len(texts))), ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,15 @@ from models.evaluation.collapse import collapsed
 from models.evaluation.density_coverage import density_coverage
 from models.evaluation.distances import kernel_distance
 from models.evaluation.diversity import diversity
-from models.evaluation.intervals import Score, bootstrap, wilson
+from models.evaluation.geneval import Prompt
+from models.evaluation.intervals import Score, bootstrap, mean_of_groups, share_by_prompt, wilson
 from models.evaluation.judge import SIDE, Judge
 from models.evaluation.precision_recall import precision_recall
-from models.evaluation.prompt_categories import Asked, by_category, seen
+from models.evaluation.prompt_categories import Asked, by_category
 from models.evaluation.vendi import vendi_score
 from models.posttraining.reward import judge_reward
 from tasks.config import EvaluateConfig, PromptSetConfig
+from tasks.evaluate_detector import GENEVAL, eyes, faults_of, hub_rewards
 from tasks.evaluate_prompts import Prompts, reference_scenes
 
 SUFFIX = {"held_out_basic": "", "held_out_full": "_full", "training": "_training", "long": "_long"}
@@ -42,6 +45,7 @@ class Sheet:
     manifold: dict[str, float] = field(default_factory=dict)
     collapse: dict[str, float] = field(default_factory=dict)
     p_value: float | None = None
+    geneval: list[dict[str, Any]] = field(default_factory=list)  # one row a picture: prompt, tag, seed, what is wrong
 
     def detail(self) -> dict[str, Any]:
         """What stands beside the scores in scores.json."""
@@ -85,8 +89,13 @@ def score_set(
     }
     asked = [Asked.of(scene) for scene in prompts.scenes]
     sheet.by_category[label_of(chosen)] = {
-        name: wilson(values) for name, values in by_category(asked, seen(judge, images)).items() if name != "all"
+        name: wilson(values)
+        for name, values in by_category(asked, eyes(config, judge)(images)).items()
+        if name != "all"
     }
+    for metric, values in hub_rewards(config, images, prompts.texts).items():
+        sheet.answers[f"{metric}{suffix}"] = values
+        sheet.scores[f"{metric}{suffix}"] = mean_score(values, config, 3)
     sheet.collapse[label_of(chosen)] = round(float(collapsed(images)["any"].mean()), 5)
 
 
@@ -128,3 +137,31 @@ def score_diversity(sheet: Sheet, judge: Judge, images: np.ndarray, config: Eval
     features = judge.features(images).reshape(config.diversity_prompts, config.diversity_seeds, -1)
     rng = np.random.default_rng([config.seed, 8])
     sheet.scores["diversity"] = diversity(features, config.bootstrap, rng)
+
+
+def score_geneval(
+    sheet: Sheet, prompts: Sequence[Prompt], seeds: Sequence[int], images: np.ndarray, config: EvaluateConfig
+) -> None:
+    """Shares of right pictures by tag and their mean over tags, as GenEval reports, and the rewards of these pictures."""
+    rng, pictures = np.random.default_rng([config.seed, 9]), len(images) // len(prompts)
+    faults = faults_of(config, prompts, images, pictures)
+    right = np.array([not each for each in faults]).reshape(len(prompts), pictures)
+    tags = np.array([prompt.tag for prompt in prompts])
+    groups = {str(tag): right[tags == tag] for tag in dict.fromkeys(tags)}
+    for tag, values in groups.items():
+        sheet.scores[f"{GENEVAL}_{tag}"] = share_by_prompt(values, config.bootstrap, rng)
+        sheet.answers[f"{GENEVAL}_{tag}"] = values.mean(1)
+    sheet.scores[GENEVAL] = mean_of_groups([values.mean(1) for values in groups.values()], config.bootstrap, rng)
+    size = {tag: len(values) * len(groups) / len(prompts) for tag, values in groups.items()}
+    sheet.answers[GENEVAL] = right.mean(1) / np.array(
+        [size[str(tag)] for tag in tags]
+    )  # the mean is the mean over tags
+    texts = [prompt.text for prompt in prompts for _ in range(pictures)]
+    for metric, values in hub_rewards(config, images, texts).items():
+        by_prompt = values.reshape(len(prompts), pictures).mean(1)
+        sheet.answers[f"{metric}_{GENEVAL}"] = by_prompt
+        sheet.scores[f"{metric}_{GENEVAL}"] = mean_score(by_prompt, config, 3)
+    sheet.geneval = [
+        {"prompt": text, "tag": prompts[i // pictures].tag, "seed": seeds[i], "wrong": faults[i]}
+        for i, text in enumerate(texts)
+    ]

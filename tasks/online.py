@@ -28,6 +28,7 @@ from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
 from models.networks.text_features import Encode, PackagedText
 from models.personalization.lora_files import is_adapted
+from models.posttraining.clip_reward import ClipReward
 from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo
@@ -89,21 +90,23 @@ class Prompts:
     trained: int
     channels: int = 3
     factor: int = 1
-    reward_text: torch.Tensor | None = None  # [N, E] for a reward with a text encoder of its own
+    reward_text: torch.Tensor | None = None  # [N, E] for the reward model, whose text encoder may not be the denoiser's
+    captions: tuple[str, ...] = ()  # [N]
 
     @classmethod
     def of(cls, scenes: Sequence[demo.Scene], trained: int, around: Surroundings) -> Prompts:
         """Encode the scenes' short captions."""
         captions = [demo.short_caption(scene) for scene in scenes]
         tokens, mask = features_of(captions, around.encode)
-        return cls(tuple(scenes), tokens, mask, trained, around.codec.channels, around.codec.factor)
+        codec, said = around.codec, tuple(captions)
+        return cls(tuple(scenes), tokens, mask, trained, codec.channels, codec.factor, captions=said)
 
     @classmethod
-    def of_captions(cls, captions: Sequence[str], around: Surroundings) -> Prompts:
-        """Encode captions of one's own, for the denoiser and for the reward; all are for training."""
+    def of_captions(cls, captions: Sequence[str], trained: int, around: Surroundings) -> Prompts:
+        """Encode captions of one's own, for the denoiser and for the reward model."""
         own = text_vector(*features_of(captions, PackagedText(REWARD_TOKENS)))
         tokens, mask = features_of(captions, around.encode)
-        return cls((), tokens, mask, len(captions), around.codec.channels, around.codec.factor, own)
+        return cls((), tokens, mask, trained, around.codec.channels, around.codec.factor, own, tuple(captions))
 
     def batch(self, rows: torch.Tensor, slots: Sequence[int], side: int) -> Batch:
         """What these rows [B] ask; the pictures only give the size."""
@@ -174,20 +177,26 @@ class Start:
             for term in config.rewards
         )
         guard = None
-        if config.guard is not None and judge is not None:
+        if config.guard is not None:
             guard = partial(guard_of, config.guard, denoiser, card, sampling, judge, prompts, Composite(rewards))
         return cls(denoiser, card, data, sampling, prompts, rewards, guard)
 
 
 def prompts_of(config: OnlineConfig, data: TrainingData, around: Surroundings, own: bool) -> Prompts:
-    """Published scenes, or captions of one's own data where no judge knows what they show."""
-    if own:
-        if config.guard is not None:
-            raise ConfigError("the guard's held-out reward is the demo's judge; set guard to null for data of your own")
-        captions = data.set.captions[1:]
-        order = np.random.default_rng([config.train.seed, 78]).permutation(len(captions))[: config.prompts.count]
-        return Prompts.of_captions([captions[i] for i in order], around)
+    """Published scenes, or captions of one's own data where no judge knows what they show; the guard's come last."""
     watched = 0 if config.guard is None else config.guard.prompts
+    if own:
+        if config.guard is not None and config.guard.held_out is None:
+            raise ConfigError(
+                "the guard's held-out reward is the demo's judge; on data of your own set guard.held_out, or guard to null"
+            )
+        captions = data.set.captions[1:]
+        order = np.random.default_rng([config.train.seed, 78]).permutation(len(captions))[
+            : config.prompts.count + watched
+        ]
+        if len(order) <= watched:
+            raise ConfigError(f"{len(captions)} captions leave none beside the guard's {watched}; lower guard.prompts")
+        return Prompts.of_captions([captions[i] for i in order], len(order) - watched, around)
     scenes = published(config.prompts.count + watched, config.train.seed)
     return Prompts.of(scenes, config.prompts.count, around)
 
@@ -212,30 +221,45 @@ def reward_of(term: RewardTerm, judge: Judge | None, prompts: Prompts, ctx: Stag
     match term.kind:
         case "judge":
             if judge is None:
-                raise ConfigError("the judge knows the demo's scenes only; reward with kind: model or sharpness")
+                raise ConfigError("the judge knows the demo's scenes only; reward with kind: model, sharpness or hub")
             return JudgeReward(judge, prompts.scenes)
         case "model":
             return RewardModel.load(ctx.inputs["reward"])
         case "sharpness":
             return Sharpness()
+        case "hub":
+            assert term.hub is not None  # by the configuration
+            return ClipReward(term.hub, prompts.captions)
         case _:
             assert_never(term.kind)
 
 
 def guard_of(
-    config: GuardConfig, denoiser: Denoiser, card: SamplingCard, sampling: Sampling, judge: Judge, prompts: Prompts,
-    trained: Reward, player: str,
+    config: GuardConfig, denoiser: Denoiser, card: SamplingCard, sampling: Sampling, judge: Judge | None,
+    prompts: Prompts, trained: Reward, player: str,
 ) -> Guard:  # fmt: skip
-    """The guard with the shape judge as held-out reward, on prompts that are not trained on."""
+    """The guard on prompts that are not trained on; a reward of the hub watches, or the shape judge."""
     rows = torch.arange(prompts.trained, prompts.trained + config.prompts).repeat_interleave(config.seeds)
     asked = prompts.batch(rows, range(len(rows)), card.side)
-    held_out = JudgeReward(judge, prompts.scenes, "shape")
+    held_out: Reward
+    features: Callable[[torch.Tensor], torch.Tensor]
+    if config.held_out is not None:
+        held_out = hub = ClipReward(config.held_out, prompts.captions)
+        features = hub.features
+    elif judge is not None:
+        held_out, features = JudgeReward(judge, prompts.scenes, "shape"), partial(judge_features, judge)
+    else:
+        raise ConfigError(
+            "a guard needs the demo's judge or guard.held_out; give a held-out reward, or set guard to null"
+        )
+    return Guard(
+        config, player, denoiser, Watched(asked, config.seeds, trained, held_out, features, sampling, card.steps)
+    )
 
-    def features(pictures: torch.Tensor) -> torch.Tensor:
-        return judge.colour.features(pictures / 2 + 0.5)
 
-    watched = Watched(asked, config.seeds, trained, held_out, features, sampling, card.steps)
-    return Guard(config, player, denoiser, watched)
+def judge_features(judge: Judge, pictures: torch.Tensor) -> torch.Tensor:
+    """[B, F] of the colour judge, of pictures [B, 3, 32, 32] in [-1, 1]."""
+    return judge.colour.features(pictures / 2 + 0.5)
 
 
 def tune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from data_curation import scenes as demo
 from data_curation.dataset import Batch as Rows
 from data_curation.preference_table import read_comparisons
 from infra.arrays import save_arrays
-from infra.errors import DataRefused
+from infra.errors import ConfigError, DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
 from models.engine.loop import Trainer
@@ -25,11 +26,12 @@ from models.evaluation.judge import Judge
 from models.networks import families
 from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
+from models.posttraining.clip_reward import hub_scores
 from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
 from models.posttraining.guards import Guard
 from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pairs, split_of, write_pairs
-from models.posttraining.reward import JudgeReward, judge_reward
+from models.posttraining.reward import JudgeReward, Reward, Sharpness, judge_reward
 from models.sampling.generate import load_generator
 from tasks.online import Prompts, guard_of, published, sampling_of, written
 from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
@@ -38,21 +40,52 @@ from tasks.training_data import TrainingData, local_slots, to_model
 CHUNK = 64  # pictures drawn by one call
 
 
+@dataclass(frozen=True)
+class Groups:
+    """One caption for each group, and the scene that it shows where that is known."""
+
+    captions: list[str]
+    scenes: list[demo.Scene] | None
+
+    @classmethod
+    def of(cls, config: PairsConfig, ctx: StageContext) -> Groups:
+        """Published scenes, or captions of the training set where there is no judge to know scenes."""
+        rng = np.random.default_rng([config.seed, 77])
+        if "judge" in ctx.inputs:
+            published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
+            chosen = [published[i] for i in rng.choice(len(published), config.prompts, replace=False)]
+            return cls([demo.short_caption(scene) for scene in chosen], chosen)
+        captions = TrainingData(ctx.inputs["data"]).set.captions[1:]
+        if len(captions) < config.prompts:
+            raise DataRefused(
+                f"pairs: {config.prompts} prompts are asked of {len(captions)} captions; lower pairs.prompts"
+            )
+        return cls([captions[i] for i in rng.choice(len(captions), config.prompts, replace=False)], None)
+
+    def rewards(self, config: PairsConfig, ctx: StageContext, images: np.ndarray) -> np.ndarray:
+        """[groups, group] of pictures uint8 [groups x group, H, W, 3]."""
+        if config.hub is not None:
+            asked = [caption for caption in self.captions for _ in range(config.group)]
+            values = hub_scores(config.hub, images, asked)
+        elif self.scenes is not None:
+            scenes = [scene for scene in self.scenes for _ in range(config.group)]
+            values = judge_reward(Judge.load(ctx.inputs["judge"]), images, scenes)
+        else:
+            raise ConfigError("pairs: nothing ranks the pictures; set pairs.hub to a reward, or pairs.source to data")
+        return values.reshape(len(self.captions), config.group)
+
+
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     """Best and worst picture of each group under the reward; ties dropped."""
     if config.source == "data":
         return pairs_with_data(config, ctx)
-    judge = Judge.load(ctx.inputs["judge"])
-    published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
-    rng = np.random.default_rng([config.seed, 77])
-    chosen = [published[i] for i in rng.choice(len(published), config.prompts, replace=False)]
-    asked = [scene for scene in chosen for _ in range(config.group)]
-    prompts = [demo.short_caption(scene) for scene in asked]
-    seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(asked))]
-    slices = [slice(start, start + CHUNK) for start in range(0, len(asked), CHUNK)]
+    groups = Groups.of(config, ctx)
+    prompts = [caption for caption in groups.captions for _ in range(config.group)]
+    seeds = [derive_seed(config.seed, "pairs", i) for i in range(len(prompts))]
+    slices = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
     parts = ctx.fan_out(_rollout, [(config, ctx.inputs["init"], prompts[part], seeds[part]) for part in slices])
     images = np.concatenate(parts)
-    rewards = judge_reward(judge, images, asked).reshape(config.prompts, config.group)
+    rewards = groups.rewards(config, ctx, images)
     best, worst = rewards.argmax(1), rewards.argmin(1)
     rows = np.arange(config.prompts)
     gaps = rewards[rows, best] - rewards[rows, worst]
@@ -66,7 +99,8 @@ def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     save_arrays(ctx.out / "pairs.safetensors", {"winner": images[winners], "loser": images[losers]})
     table = pa.table(
         {
-            "prompt": [prompts[i] for i in winners], "scene": [asked[i].id for i in winners],
+            "prompt": [prompts[i] for i in winners],
+            "scene": ["" if groups.scenes is None else groups.scenes[i].id for i in kept],
             "seed_winner": [seeds[i] for i in winners], "seed_loser": [seeds[i] for i in losers],
             "reward_winner": rewards[kept, best[kept]], "reward_loser": rewards[kept, worst[kept]],
             "source": ["rollout"] * len(kept), "strength": gaps[kept],
@@ -147,12 +181,27 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
 
 
 def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: TrainingData, denoiser: Denoiser) -> Guard:
-    """The guard on published prompts of which there is no pair."""
-    card, judge = read_card(ctx.inputs["init"]), Judge.load(ctx.inputs["judge"])
-    paired = set(pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")["scene"].to_pylist())
+    """The guard on prompts of which there is no pair: published scenes, or captions of one's own without a judge."""
+    card, pairs = read_card(ctx.inputs["init"]), pq.read_table(ctx.inputs["pairs"] / "pairs.parquet")
     around = families.surroundings(ctx.inputs["init"], card)
-    prompts = Prompts.of(published(config.prompts, seed, paired), 0, around)
-    sampling, trained = sampling_of(card, data, denoiser, around), JudgeReward(judge, prompts.scenes)
+    sampling = sampling_of(card, data, denoiser, around)
+    trained: Reward = (
+        Sharpness()
+    )  # DPO has no reward of its own; where no judge is, the guard shows the pictures' edges
+    judge = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None
+    if judge is not None:
+        scenes = published(config.prompts, seed, set(pairs["scene"].to_pylist()))
+        prompts = Prompts.of(scenes, 0, around)
+        trained = JudgeReward(judge, prompts.scenes)
+    else:
+        paired = set(pairs["prompt"].to_pylist())
+        free = [caption for caption in data.set.captions[1:] if caption not in paired]
+        if len(free) < config.prompts:
+            raise ConfigError(
+                f"dpo: {len(free)} captions have no pair, the guard asks {config.prompts}; lower guard.prompts"
+            )
+        order = np.random.default_rng([seed, 78]).permutation(len(free))[: config.prompts]
+        prompts = Prompts.of_captions([free[i] for i in order], 0, around)
     return guard_of(config, denoiser, card, sampling, judge, prompts, trained, "denoiser")
 
 

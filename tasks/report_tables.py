@@ -29,6 +29,7 @@ COLUMNS = {
     "subject_kept": "subjects kept by the mix",
     "class_drift": "class drift",
 }
+BY_OTHERS = ("geneval", "hub_")  # scores by models of transformers, shown where they were asked
 LESS_IS_BETTER = ("kernel_distance", "class_drift")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "prefect", "ray", "numpy", "pyarrow", "pillow", "pydantic")
 CURATION = ("download", "dedup", "quality", "buckets")
@@ -67,6 +68,7 @@ def score_rows(scores: Mapping[str, Any], stages: Sequence[str]) -> tuple[list[t
     per_stage: dict[str, Mapping[str, Any]] = {"real pictures": scores.get("real", {}), **scores.get("scores", {})}
     present = {metric for values in per_stage.values() for metric in values}
     columns = [(metric, label) for metric, label in COLUMNS.items() if metric in present]
+    columns += [(metric, metric.replace("_", " ")) for metric in sorted(present) if metric.startswith(BY_OTHERS)]
     rows = []
     for stage in ("real pictures", *stages):
         values = per_stage.get(stage, {})

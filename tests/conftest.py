@@ -90,3 +90,43 @@ def clip_folder(tmp_path_factory) -> Path:
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(images, clip_tokenizer(root / "t")).save_pretrained(root / "clip")
     return root / "clip"
+
+
+@pytest.fixture(scope="session")
+def mask2former_folder(tmp_path_factory) -> Callable[..., Path]:
+    """A random Mask2Former of 6 queries that knows the given names; the same names give the same folder."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*names: str) -> Path:
+        import torch
+        from transformers import (
+            Mask2FormerConfig,
+            Mask2FormerForUniversalSegmentation,
+            Mask2FormerImageProcessorPil,
+            SwinConfig,
+        )
+
+        if names not in made:
+            made[names] = folder = tmp_path_factory.mktemp("mask2former")
+            swin = SwinConfig(
+                image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+                out_features=["stage1", "stage2", "stage3", "stage4"],
+            )  # fmt: skip
+            config = Mask2FormerConfig(
+                backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+                encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6,
+                id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            )  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+            Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}, size_divisor=32).save_pretrained(folder)
+        return made[names]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[[Path], Any]:
+    """A CLIP tokenizer of single bytes, made in a folder."""
+    return clip_tokenizer

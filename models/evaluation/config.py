@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
 from pydantic import Field, model_validator
 
 from infra.config import Config
+from infra.hub_models import HubModel, KnownModel
+from infra.local_files import fingerprint
+from infra.stages import UNVERSIONED
+from models.evaluation.geneval import read_prompts
+
+SEGMENTERS = ("mask2former",)
+CLOSED = ("detr", "conditional_detr", "yolos")
+OPEN = ("owlvit", "owlv2")
 
 
 class JudgeConfig(Config):
@@ -55,3 +66,71 @@ class GateConfig(Config):
         if not relative and self.minimum is None and self.maximum is None:
             raise ValueError(f"gate on {self.stage}.{self.metric} has no bound; set minimum, maximum or a parent bound")
         return self
+
+
+class ClipConfig(KnownModel):
+    """A CLIP of transformers, in safetensors."""
+
+    types: ClassVar[tuple[str, ...]] = ("clip",)
+
+    processor: HubModel | None = Field(
+        default=None, description="Where its tokenizer and image processor lie, if not beside its weights"
+    )
+
+
+class HubReward(ClipConfig):
+    """A CLIP that people's preferences were taught; a picture's score is its cosine with the prompt."""
+
+    kind: Literal["pickscore", "hps", "clip"] = Field(
+        default="pickscore",
+        description="pickscore: times the model's own scale, as published; hps and clip: the cosine",
+    )
+    name: str = Field(default="", pattern=r"^[a-z0-9-]*$", description="Of the score; empty: its kind")
+    role: Literal["trained", "held_out"] = Field(
+        default="trained", description="held_out: only watches, refused as a target"
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="Pictures at once where no gradient is asked", json_schema_extra=UNVERSIONED
+    )
+
+    @property
+    def label(self) -> str:
+        """Name of the score."""
+        return self.name or self.kind
+
+
+class DetectorConfig(KnownModel):
+    """A detector or instance segmenter that names the objects of a picture, and a CLIP that names their colour."""
+
+    types: ClassVar[tuple[str, ...]] = (*SEGMENTERS, *CLOSED, *OPEN)
+
+    clip: ClipConfig | None = Field(default=None, description="Names colours; null: no prompt may ask for one")
+    confidence: float = Field(default=0.3, gt=0, lt=1, description="Score above which an object counts (GenEval: .3)")
+    counting_confidence: float = Field(
+        default=0.9, gt=0, lt=1, description="The same for prompts tagged `counting` (GenEval: .9)"
+    )
+    max_overlap: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Overlap (IoU) from which a less sure object of a class is dropped; 1: none",
+    )
+    batch_size: int = Field(default=8, ge=1, description="Pictures at once", json_schema_extra=UNVERSIONED)
+
+
+class PromptFile(Config):
+    """Prompts of GenEval's form; a file that cannot be used is refused when this is read."""
+
+    path: str = Field(min_length=1, description="JSONL: prompt, tag, include and exclude")
+    fingerprint: str | None = Field(default=None, description="Digest of the file; null: taken when this is read")
+    pictures: int = Field(default=4, ge=1, le=64, description="Pictures per prompt (GenEval: 4)")
+    side: int | None = Field(default=None, ge=8, description="Side of the pictures, px; null: each checkpoint's own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look(cls, data: Any) -> Any:
+        data = {"path": str(data)} if isinstance(data, str | Path) else data
+        if not isinstance(data, dict) or not isinstance(data.get("path"), str) or data.get("fingerprint"):
+            return data
+        read_prompts(Path(data["path"]).expanduser())
+        return data | {"fingerprint": fingerprint(Path(data["path"]))}

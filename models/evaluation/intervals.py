@@ -45,3 +45,21 @@ def bootstrap(
     values = [statistic(*(array[pick] for array in arrays)) for pick in picks]
     low, high = np.quantile(values, (0.025, 0.975))
     return score(statistic(*arrays), low, high, n)
+
+
+def share_by_prompt(right: np.ndarray, resamples: int, rng: np.random.Generator) -> Score:
+    """Share of right pictures bool [P, K], K of each prompt; prompts, not pictures, are resampled, as a prompt's are alike.
+
+    With one picture a prompt, or none or all of them right, the Wilson interval of P.
+    """
+    each = right.mean(1)
+    if right.shape[1] == 1 or each.mean() in (0, 1):
+        return wilson(each)
+    return bootstrap((each,), lambda x: float(x.mean()), resamples, rng)
+
+
+def mean_of_groups(groups: list[np.ndarray], resamples: int, rng: np.random.Generator) -> Score:
+    """Mean of the groups' means of one number a prompt; prompts are resampled within their group."""
+    drawn = np.stack([g[rng.integers(len(g), size=(resamples, len(g)))].mean(1) for g in groups]).mean(0)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return score(float(np.mean([g.mean() for g in groups])), low, high, sum(map(len, groups)))

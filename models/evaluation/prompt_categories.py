@@ -2,7 +2,8 @@
 
 A prompt may leave things open: "a cat" asks for a cat and nothing else, wherever it stands. A picture answers a
 category right when its objects and that category's question are right (GenEval's strict form). The judge's networks
-stand in for GenEval's detector; any function that names what a picture shows can take their place.
+stand in for GenEval's detector; any function that names what a picture shows can take their place, such as
+`arranged` on what a detector found (`evaluate.detector`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from models.evaluation.geneval import Found, relations
 from models.evaluation.judge import PAIRS, Judge, SceneLike
 
 Category = Literal["single_object", "two_objects", "counting", "colour", "position"]
@@ -57,11 +59,12 @@ class Seen:
     layout: str
     background: str
     accepted: bool  # False: no drawing of anything
+    number: int | None = None  # of things, where they were counted; None: as many as the layout holds
 
     @property
     def count(self) -> int:
         """Number of things."""
-        return _count(self.layout)
+        return _count(self.layout) if self.number is None else self.number
 
 
 def _count(layout: str) -> int:
@@ -82,6 +85,28 @@ def seen(judge: Judge, images: np.ndarray) -> list[Seen]:
         agreed = tuple(names.objects[int(a[i])] if a[i] == b[i] else "?" for a, b in heads)
         out.append(Seen(agreed, layout, names.backgrounds[int(backgrounds[i])], bool(accepted[i])))
     return out
+
+
+def arranged(objects: Sequence[Found], size: tuple[int, int], background: str) -> Seen:
+    """What a picture of this width and height shows, told from the boxes of its objects.
+
+    One object is `big` where its centre is in the middle third of both sides, else in the corner of its quarter; two are
+    `beside` or `above` by GenEval's relation of their boxes; any other arrangement has no name and is never right.
+    """
+    placed = sorted(objects, key=lambda each: (each.box[0] + each.box[2], each.box[1] + each.box[3]))
+    layout = ""
+    if len(placed) == 1:
+        x, y = ((placed[0].box[i] + placed[0].box[i + 2]) / 2 / size[i] for i in (0, 1))
+        central = max(abs(x - 0.5), abs(y - 0.5)) < 1 / 6
+        layout = CENTRED if central else f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}"
+    elif len(placed) == 2:
+        held = relations(placed[0].box, placed[1].box)
+        layout = next((name for name, word in (("beside", "left of"), ("above", "above")) if word in held), "")
+        if "below" in held and not layout:
+            layout, placed = "above", placed[::-1]
+    elif len(placed) == 3:
+        layout = THREE
+    return Seen(tuple(each.name for each in placed), layout, background, bool(placed), len(placed))
 
 
 def answered(asked: Asked, picture: Seen) -> dict[str, bool]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from infra.config import Config
 from infra.stages import IF_SET
 from models.engine.config import OptimizerConfig, TrainConfig
+from models.evaluation.config import HubReward
 from models.networks.config import LoraConfig
 from models.pretraining.config import SelectConfig, TimestepConfig
 
@@ -27,6 +28,16 @@ class PairsConfig(Config):
         default="judge", json_schema_extra=IF_SET,
         description="judge: best and worst of a group; data: a curated picture against the model's for its caption (SPIN)",
     )  # fmt: skip
+    hub: HubReward | None = Field(
+        default=None, json_schema_extra=IF_SET,
+        description="Reward that ranks a group instead of the demo's judge; on data of one's own it draws their captions",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PairsConfig:
+        if self.hub is not None and self.source == "data":
+            raise ValueError("pairs: source data compares with curated pictures and asks no reward; set hub to null")
+        return self
 
 
 class ImportPairsConfig(Config):
@@ -54,6 +65,9 @@ class GuardConfig(Config):
     min_diversity: float = Field(default=0.8, ge=0, description="Least within-prompt diversity over the start's")
     max_drift: float | None = Field(
         default=None, gt=0, description="Largest squared change of the velocity at any time, over its square; null: any"
+    )
+    held_out: HubReward | None = Field(
+        default=None, description="Held-out reward; null: the demo's shape judge", json_schema_extra=IF_SET
     )
 
 
@@ -88,10 +102,20 @@ class DpoConfig(Config):
 class RewardTerm(Config):
     """One reward to train on."""
 
-    kind: Literal["judge", "model", "sharpness"] = Field(
-        default="judge", description="judge: the colour judge; model: the trained reward model; sharpness: a rule"
+    kind: Literal["judge", "model", "sharpness", "hub"] = Field(
+        default="judge",
+        description="judge: the colour judge; model: the trained reward model; sharpness: a rule; hub: PickScore, HPS, CLIP",
     )
     weight: float = Field(default=1.0, gt=0, description="Weight of its normalised advantage")
+    hub: HubReward | None = Field(default=None, description="hub: which model", json_schema_extra=IF_SET)
+
+    @model_validator(mode="after")
+    def _model_of_the_hub(self) -> RewardTerm:
+        if (self.kind == "hub") != (self.hub is not None):
+            raise ValueError(f"reward of kind {self.kind!r}: kind hub and a model under hub go together; give both")
+        if self.hub is not None and self.hub.role != "trained":
+            raise ValueError(f"reward {self.hub.label!r} is held out and only watches; train on another one")
+        return self
 
 
 class PromptsConfig(Config):
@@ -118,6 +142,10 @@ class OnlineConfig(Config):
     @model_validator(mode="after")
     def _looks_at_log_rows(self) -> OnlineConfig:
         check_looks(self.guard, self.train)
+        watching = None if self.guard is None else self.guard.held_out
+        for term in self.rewards:
+            if watching is not None and term.hub is not None and term.hub.model == watching.model:
+                raise ValueError(f"guard.held_out is {watching.model}, which is trained on too; watch by another model")
         return self
 
 
@@ -254,7 +282,9 @@ class PromptEnhancerConfig(Config):
 
 
 def check_looks(guard: GuardConfig | None, train: TrainConfig) -> None:
-    """A run may only end where its log ends."""
+    """A run may only end where its log ends, and what watches must not be a target."""
+    if guard is not None and guard.held_out is not None and guard.held_out.role != "held_out":
+        raise ValueError(f"guard.held_out is {guard.held_out.label!r} of role trained; set its role to held_out")
     if guard is not None and guard.every % train.log_every:
         raise ValueError(
             f"guard.every={guard.every} is not a multiple of train.log_every={train.log_every}; "

@@ -1,6 +1,7 @@
 """A foreign SD3 folder tuned as LoRA on pictures of one's own by the preset, through the command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def command(verb: str, model: Path, pictures: Path, root: Path) -> dict:
+def command(verb: str, model: Path, pictures: Path, root: Path, **more: object) -> dict:
     sets = {"model": str(model), "data.source": str(pictures), **SMALL}
+    sets |= {key.replace("__", "."): value for key, value in more.items()}
     options = [part for key, value in sets.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     t2i = [sys.executable, "-m", "flows.cli", verb, str(PRESET), "--root", str(root), "--json", *options]
     done = subprocess.run(t2i, capture_output=True, text=True, check=False)
@@ -77,3 +79,47 @@ def test_the_preset_is_a_plan(tmp_path, pictures) -> None:
     rows = command("plan", tmp_path / "model", pictures, tmp_path / "runs")
     names = [row["stage"] for row in rows]
     assert names[6:] == ["model", "features", "sft", "pairs", "reward-model", "grpo", "dpo", "export"]
+
+
+@pytest.fixture
+def judged(clip_folder, mask2former_folder, tmp_path) -> dict:
+    """Hub rewards train, rank and watch; GenEval's prompts are drawn and read by a detector."""
+    shutil.copytree(clip_folder, tmp_path / "watch")
+    prompts = [{"tag": "single_object", "prompt": "a photo of a cat", "include": [{"class": "cat", "count": 1}]},
+               {"tag": "colors", "prompt": "a photo of a red dog", "include": [{"class": "dog", "count": 1, "color": "red"}]}]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    clip = {"model": str(clip_folder)}
+    return {
+        "posttrain__sft": None, "posttrain__reward_model": None, "posttrain__pairs": {"prompts": 6, "group": 2, "steps": 2, "hub": clip, "min_gap": 0.0},
+        "posttrain__grpo__rewards": [{"kind": "hub", "hub": clip}],
+        "posttrain__grpo__guard": {"every": 1, "prompts": 2, "seeds": 2, "held_out": {"model": str(tmp_path / "watch"), "kind": "hps", "role": "held_out"}},
+        "evaluate": {"bootstrap": 20, "geneval": {"path": str(tmp_path / "prompts.jsonl"), "pictures": 2}, "rewards": [clip],
+                     "detector": {"model": str(mask2former_folder("cat", "dog")), "clip": clip}},
+    }  # fmt: skip
+
+
+@pytest.mark.lifecycle
+@pytest.mark.prefect
+@pytest.mark.timeout(600)
+def test_a_foreign_pipeline_is_tuned_and_judged_by_models_of_the_hub(sd3_folder, pictures, judged, tmp_path) -> None:
+    record = command("run", sd3_folder, pictures, tmp_path / "runs", **judged)
+    assert record["outcome"] == "ok"
+    stages = [stage["name"] for stage in record["stages"]]
+    assert stages[6:] == ["model", "features", "pairs", "grpo", "dpo", "evaluate", "export"]
+    (place,) = (tmp_path / "runs" / "evaluate").glob("*/scores.json")
+    scores = json.loads(place.read_text())
+    assert scores["scores"].keys() == {"model", "grpo", "dpo"}
+    assert scores["parents"] == {"grpo": "model", "dpo": "model"}
+    assert {"geneval", "hub_pickscore_geneval"} <= scores["deltas"]["grpo"].keys()
+    again = command("run", sd3_folder, pictures, tmp_path / "runs", **judged)
+    assert {stage["status"] for stage in again["stages"]} == {"reused"}
+
+
+def test_a_plan_with_a_model_that_cannot_be_asked_ends_with_the_reason(tmp_path, pictures, clip_folder) -> None:
+    (tmp_path / "model").mkdir()
+    wrong = {"detector": {"model": str(clip_folder)}}
+    t2i = [sys.executable, "-m", "flows.cli", "plan", str(PRESET), "--root", str(tmp_path / "runs"),
+           "--set", f"model={tmp_path / 'model'}", "--set", f"data.source={pictures}", "--set", f"evaluate={json.dumps(wrong)}"]  # fmt: skip
+    done = subprocess.run(t2i, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is of type 'clip'; one of mask2former, detr" in done.stderr

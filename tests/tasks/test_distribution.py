@@ -68,8 +68,9 @@ def measured(config: DistributionConfig, folder: Path, **inputs: Path) -> dict:
 def test_an_untrained_checkpoint_is_far_and_the_floor_is_near(training_set, checkpoint, clip_folder, tmp_path):
     save_file({"weight": np.ones((1, 16)), "bias": np.zeros(1)}, tmp_path / "head.safetensors")
     config = DistributionConfig(
-        embedder=HubEmbedder(model=str(clip_folder)), aesthetic=tmp_path / "head.safetensors", bootstrap=40
-    )
+        embedder=HubEmbedder(model=str(clip_folder)), aesthetic=tmp_path / "head.safetensors", bootstrap=40,
+        rewards=({"model": str(clip_folder), "kind": "hps"},),
+    )  # fmt: skip
     found = measured(config, tmp_path, data=training_set, start=checkpoint)
     floor, scores = found["scores"]["real"], found["scores"]["start"]
     assert (found["pictures"], found["training"], found["resolution"]) == (60, 60, 32)
@@ -77,7 +78,12 @@ def test_an_untrained_checkpoint_is_far_and_the_floor_is_near(training_set, chec
     assert floor["kernel_distance"]["low"] < 0 < floor["kernel_distance"]["high"] < scores["kernel_distance"]["low"]
     assert scores["coverage"]["high"] < floor["coverage"]["low"]
     assert set(scores) - set(floor) == {"copied"}
-    assert {"image_text", "aesthetic"} < set(floor)
+    assert {"image_text", "aesthetic", "hub_hps"} < set(floor)
+    for name in ("real", "start"):  # the same CLIP, asked in two ways
+        assert found["scores"][name]["hub_hps"]["value"] == pytest.approx(
+            found["scores"][name]["image_text"]["value"], abs=1e-4
+        )
+    assert found["models"]["hub_hps"].startswith("clip")
     assert (found["out"] / "nearest-start.png").exists()
     again = measured(config, tmp_path, data=training_set, start=checkpoint)
     assert again["scores"] == found["scores"]

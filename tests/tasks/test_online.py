@@ -3,23 +3,15 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
-from data_curation.manifest import write_table
-from data_curation.scenes import SUBJECT_OBJECTS, Scene, all_scenes
 from infra.errors import ConfigError, DataRefused
-from infra.stages import Resources, StageContext, fan_out_here, no_progress
-from models.evaluation.judge import Judge, Vocabulary
 from models.networks import prx
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
-from models.networks.config import PrxConfig
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
 from tasks.online import Prompts, grpo, nft, prompt_batches, published, refl
 from tasks.preference import dpo, make_pairs
@@ -34,49 +26,8 @@ ONLINE = {
 }
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A judge, an encoded training set of random pictures, and a random checkpoint."""
-    root = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    subjects = [Scene("big", (name,), "white") for name in SUBJECT_OBJECTS]
-    Judge.build(Vocabulary.of([*all_scenes("full"), *subjects]), 4, 16, 0.5).save(root / "judge")
-    small = PrxConfig(hidden_size=32, depth=1, num_heads=2, patch_size=4, mlp_ratio=2.0)
-    denoiser = prx.build(small, torch.zeros(small.text_dim), torch.ones(small.text_dim), 0)
-    torch.nn.init.normal_(denoiser.transformer.final_layer.linear.weight)
-    write_checkpoint(root / "sft", denoiser, SamplingCard(steps=2))
-    data, dim = root / "data", small.text_dim
-    data.mkdir()
-    row = {
-        "resolution": 32,
-        "width": 32,
-        "height": 32,
-        "caption_short": 1,
-        "caption_long": 1,
-        "domain": "basic",
-        "split": "train",
-    }
-    write_table([{**row, "row_id": str(i), "position": i} for i in range(8)], INDEX_SCHEMA, data / "index.parquet")
-    write_table(
-        [{"id": i, "text": text} for i, text in enumerate(("", "a cat"))], CAPTIONS_SCHEMA, data / "captions.parquet"
-    )
-    rng = np.random.default_rng(0)
-    text = {"tokens": rng.normal(size=(5, dim)).astype(np.float16), "offsets": np.array([0, 2, 5])}
-    save_file(text | {"mean": np.zeros(dim, np.float32), "std": np.ones(dim, np.float32)}, data / "text.safetensors")
-    images = rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
-    save_file({"images": images, "teacher": np.zeros((8, 8, 8, 0), np.float16)}, data / "images-32x32.safetensors")
-    return {"judge": root / "judge", "init": root / "sft", "data": data}
-
-
-def context(name, inputs, tmp_path) -> StageContext:
-    out, scratch = tmp_path / f"{name}-out", tmp_path / f"{name}-scratch"
-    out.mkdir()
-    scratch.mkdir()
-    return StageContext(name, inputs, {}, out, scratch, Resources(), no_progress, fan_out_here)
-
-
 @pytest.mark.parametrize("name", ONLINE)
-def test_a_stage_writes_moved_weights_and_what_its_guard_saw(name, inputs, tmp_path) -> None:
+def test_a_stage_writes_moved_weights_and_what_its_guard_saw(name, inputs, context, tmp_path) -> None:
     run, config = ONLINE[name]
     ctx = context(name, inputs, tmp_path)
     facts = run(config, ctx)
@@ -93,7 +44,7 @@ def test_a_stage_writes_moved_weights_and_what_its_guard_saw(name, inputs, tmp_p
     assert read_card(ctx.out) == read_card(inputs["init"])
 
 
-def test_pairs_train_a_guarded_dpo_and_a_reward_model(inputs, tmp_path) -> None:
+def test_pairs_train_a_guarded_dpo_and_a_reward_model(inputs, context, tmp_path) -> None:
     pairs = context("pairs", inputs, tmp_path)
     make_pairs(PairsConfig(prompts=60, group=2, steps=1, min_gap=0.0), pairs)
     with_pairs = {**inputs, "pairs": pairs.out}
@@ -110,7 +61,7 @@ def test_pairs_train_a_guarded_dpo_and_a_reward_model(inputs, tmp_path) -> None:
     assert {"reward-model", "sharpness"} <= last.keys()
 
 
-def test_ties_are_refused(inputs, tmp_path) -> None:
+def test_ties_are_refused(inputs, context, tmp_path) -> None:
 
     pairs = context("pairs", inputs, tmp_path)
     make_pairs(PairsConfig(prompts=8, group=2, steps=1, min_gap=0.0), pairs)
@@ -124,7 +75,7 @@ def test_ties_are_refused(inputs, tmp_path) -> None:
         reward_model(RewardModelConfig(), context("reward", {**inputs, "pairs": pairs.out}, tmp_path))
 
 
-def test_a_distilled_student_is_refused(inputs, tmp_path) -> None:
+def test_a_distilled_student_is_refused(inputs, context, tmp_path) -> None:
     write_checkpoint(tmp_path / "student", prx.load(inputs["init"] / "transformer"), SamplingCard(distilled=True))
     run, config = ONLINE["grpo"]
     with pytest.raises(ValueError, match="distilled student"):

@@ -1,5 +1,6 @@
 """Publishing from a small store with real manifests, records and weights: the card's own code is run by a stranger."""
 
+import base64
 import json
 import re
 import shutil
@@ -265,3 +266,33 @@ def test_licences_of_many_kinds_are_other_and_configurations_lose_what_is_privat
     assert shareable({"a": ["https://me:pw@x.test/l?key=1", "~/own/pictures/"], "b": 1, "c": "a/b"}) == {
         "a": ["https://x.test/l", "pictures"], "b": 1, "c": "a/b",
     }  # fmt: skip
+
+
+def test_the_command_pushes_what_it_would_write_and_never_shows_the_token(store: Store, hub: Any, tmp_path: Path) -> None:  # fmt: skip
+    """huggingface_hub's own code talks to a local server; `debug` is its most talkative setting."""
+    token = "hf_" + "notarealtoken" * 2
+    env = hub.environment(tmp_path / "home", HF_TOKEN=token, HF_HUB_VERBOSITY="debug", HF_DEBUG="1")
+    arguments = ["publish", "base", "hf://me/x", "--root", str(store.root), "--json", "--debug"]
+    done = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, check=False, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["target"] == f"{hub.address}/me/x"
+    publish(store, "base", str(tmp_path / "x"), Wish())
+    sent = {
+        line["value"]["path"]: line["value"].get("oid") or base64.b64decode(line["value"]["content"])
+        for line in hub.commit
+        if line["key"] in ("file", "lfsFile")
+    }
+    written = {
+        path.relative_to(tmp_path / "x").as_posix(): path for path in (tmp_path / "x").rglob("*") if path.is_file()
+    }
+    assert sent.keys() == written.keys()
+    for name, path in written.items():
+        stored = hub.blobs[sent[name]] if name.endswith("safetensors") else sent[name]
+        said, ours = (data.replace(b"me/x", b"x") for data in (stored, path.read_bytes()))
+        assert said == ours or name == "lineage.json", name  # lineage.json lists the card, which names the repository
+    assert "/api/repos/create" in done.stderr  # it did talk
+    kept = [
+        path.read_bytes() for place in (store.root, str(tmp_path)) for path in Path(place).rglob("*") if path.is_file()
+    ]
+    for text in (done.stdout.encode(), done.stderr.encode(), *kept, json.dumps(hub.commit).encode()):
+        assert token.encode() not in text
