@@ -1,4 +1,4 @@
-"""Stage `report`: one self-contained, inert HTML page about a whole run, its numbers as summary.json, headline.png."""
+"""Stage `report`: one self-contained, inert HTML page about a whole run, its numbers as summary.json, headline.png, curves.svg."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infra.errors import ConfigError
 from infra.stages import StageContext
 from tasks.config import ReportConfig
 from tasks.headline import headline
-from tasks.report_parts import Curve, curve, data_uri, galleries, load_metrics
+from tasks.report_parts import HEIGHT, WIDTH, Curve, curve, data_uri, galleries, load_metrics
 from tasks.report_tables import (
     comparison_rows,
     distribution_table,
@@ -28,11 +28,12 @@ from tasks.report_tables import (
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
+COLUMNS = 3  # of curves.svg
 LARGEST_GRID = 400_000  # bytes of a training grid that is still shown
 
 
 def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
-    """Write report.html, summary.json and headline.png from the scores and the artifacts of every stage."""
+    """Write report.html, summary.json, headline.png and curves.svg from the scores and the artifacts of every stage."""
     scores = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
     trained = [role for role, folder in ctx.inputs.items() if (folder / "sampling.json").exists()]
     stages = [stage for stage in trained if stage in scores["scores"]]
@@ -53,6 +54,8 @@ def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     steps = {role: json.loads((ctx.inputs[role] / "sampling.json").read_text()).get("steps", 0) for role in trained}
     headline(ctx.inputs["scores"], ctx.parents, steps, ctx.out / "headline.png")
+    if lines := curves(ctx, trained):
+        (ctx.out / "curves.svg").write_text(curves_picture(lines))
     return {"megabytes": round(size, 2), "checkpoints": len(trained), "truth": truth}
 
 
@@ -95,9 +98,24 @@ def planted_truth(ctx: StageContext) -> dict[str, Any]:
 
 
 def curves(ctx: StageContext, trained: list[str]) -> list[Curve]:
-    """Loss of every training stage that logged one."""
-    drawn = [curve(role, load_metrics(ctx.inputs[role] / "metrics.jsonl")) for role in trained]
+    """Loss of every training stage that logged one, the student's where several networks train."""
+    drawn = []
+    for role in trained:
+        rows = load_metrics(ctx.inputs[role] / "metrics.jsonl")
+        drawn.append(curve(role, rows) or curve(role, rows, "student/loss"))
     return [line for line in drawn if line is not None]
+
+
+def curves_picture(lines: list[Curve]) -> str:
+    """The same as one SVG, small multiples, for documents."""
+    across, down = WIDTH + 30, HEIGHT + 68
+    cells = [{"line": line, "x": 15 + place % COLUMNS * across, "y": 10 + place // COLUMNS * down}
+             for place, line in enumerate(lines)]  # fmt: skip
+    rows = -(-len(lines) // COLUMNS)
+    text: str = template("curves.svg").render(
+        cells=cells, plot_width=WIDTH, plot_height=HEIGHT, width=COLUMNS * across, height=10 + rows * down
+    )
+    return text
 
 
 def training_grids(ctx: StageContext, trained: list[str]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from infra.errors import ConfigError
 from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from tasks.config import ReportConfig
 from tasks.headline import columns_of, headline
-from tasks.report import report
+from tasks.report import curves_picture, report
 from tasks.report_parts import curve
 from tasks.report_tables import cell, comparison_rows, funnel_rows, guard_rows
 
@@ -164,6 +165,15 @@ def test_curve_spans_the_box_and_needs_positive_values() -> None:
     assert line is not None
     assert line.points == "160.0,0.0 320.0,120.0"
     assert curve("x", [{"step": 1, "loss": 0.0}]) is None
+
+
+def test_the_curves_are_one_picture_of_every_stage() -> None:
+    lines = [curve(name, [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 1.0}]) for name in ("a", "b", "c", "<d>")]
+    root = ElementTree.fromstring(curves_picture([line for line in lines if line is not None]))
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    assert [text.text for text in root.iterfind(".//svg:text[@class='name']", space)] == ["a", "b", "c", "<d>"]
+    assert len(root.findall(".//svg:polyline", space)) == 4
+    assert root.find("./svg:g[4]", space).get("transform") == "translate(15 198)"  # type: ignore[union-attr]
 
 
 def test_changes_within_noise_are_not_called_better() -> None:
