@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 WIDEST = 24  # bits of a band: its table of 2^24 starts has 64 MiB
-PAIR_SECONDS, CANDIDATE_SECONDS, PROBE_SECONDS = 3e-9, 2e-8, 2e-8  # measured on one core; they only choose the way
-CHUNK_PAIRS, FEW_ROWS = 1 << 17, 1 << 11  # pairs whose arrays stay in the cache; rows too few for a pass of their own
+PAIR_SECONDS, CANDIDATE_SECONDS, PROBE_SECONDS = 3e-9, 1.2e-8, 1.2e-8  # measured on one core; they only choose the way
+KEY_SECONDS = 4e-9  # of the table of starts
+CHUNK_ROWS, CHUNK_PAIRS, FEW_ROWS = (
+    1 << 17,
+    1 << 17,
+    1 << 11,
+)  # pairs whose arrays stay in the cache; rows too few for a pass of their own
 
 Indices = NDArray[np.int64]
 Pairs = tuple[Indices, Indices, Indices]  # i, j (i < j), distance
@@ -44,8 +50,9 @@ class Band:
 
     def cost(self, n: int) -> float:
         """Expected seconds among n uniform hashes."""
-        candidates = n * n / 2 / float(1 << self.width)
-        return self.num_masks * (n * PROBE_SECONDS + candidates * CANDIDATE_SECONDS)
+        candidates = n * n / 2 / float(1 << self.width)  # with each mask: half of the rows are looked up
+        masked = (self.num_masks - 1) * (n / 2 * PROBE_SECONDS + candidates * CANDIDATE_SECONDS)
+        return masked + candidates * PAIR_SECONDS + (1 << self.width) * KEY_SECONDS
 
 
 def near_pairs(hashes: NDArray[np.uint8], max_distance: int) -> Pairs:
@@ -111,20 +118,48 @@ def _pairs_of(band: Band, words: NDArray[np.uint64], max_distance: int) -> Itera
     words = words[:, order]  # neighbours in the band lie together in memory
     starts = np.zeros((1 << band.width) + 1, np.int32)
     np.cumsum(np.bincount(keys, minlength=1 << band.width), out=starts[1:])
-    for mask in band.masks():
-        if mask:
-            first = np.flatnonzero(keys & (1 << mask.bit_length() - 1) == 0)
-            others = keys[first] ^ mask
-            low, high = starts[others].astype(np.int64), starts[others + 1].astype(np.int64)
-        else:
-            first = np.arange(len(keys))
-            low, high = first + 1, starts[keys + 1].astype(np.int64)
-        for i, j in _candidates(first, low, high):
-            distance = _distances(words[:, i], words[:, j])
-            near = np.flatnonzero(distance <= max_distance)
-            if len(near):
-                a, b = order[i[near]], order[j[near]]
-                yield np.minimum(a, b), np.maximum(a, b), distance[near].astype(np.int64)
+    masks = tuple(band.masks())
+    for start in range(0, len(keys), CHUNK_ROWS):  # so that arrays stay in the cache
+        part = keys[start : start + CHUNK_ROWS]
+        for mask in masks:
+            if mask:
+                first = np.flatnonzero(part & (1 << mask.bit_length() - 1) == 0)
+                others = part[first] ^ mask
+                low, high = starts[others].astype(np.int64), starts[others + 1].astype(np.int64)
+                found = _near(words, _candidates(first + start, low, high), max_distance)
+            else:
+                found = _near_in_order(words, start, starts[part + 1].astype(np.int64), max_distance)
+            for i, j, distance in found:
+                a, b = order[i], order[j]
+                yield np.minimum(a, b), np.maximum(a, b), distance
+
+
+def _near(
+    words: NDArray[np.uint64], candidates: Iterator[tuple[Indices, Indices]], max_distance: int
+) -> Iterator[Pairs]:
+    """The candidates that are within the distance."""
+    for i, j in candidates:
+        distance = _distances(words[:, i], words[:, j])
+        near = np.flatnonzero(distance <= max_distance)
+        if len(near):
+            yield i[near], j[near], distance[near].astype(np.int64)
+
+
+def _near_in_order(words: NDArray[np.uint64], start: int, end: Indices, max_distance: int) -> Iterator[Pairs]:
+    """Pairs of equal keys from row `start` on, row k's bucket ending at `end[k]`: each row and the one `shift` after it.
+
+    Nothing is gathered while most buckets have so many rows; a pair over a bucket's edge is as near as it says.
+    """
+    rows, shift = np.arange(start, start + len(end)), 1
+    while 2 * np.count_nonzero(end - rows > shift) > len(rows):
+        stop = min(start + len(rows), words.shape[1] - shift)
+        distance = _distances(words[:, start:stop], words[:, start + shift : stop + shift])
+        near = np.flatnonzero(distance <= max_distance)
+        if len(near):
+            yield near + start, near + (start + shift), distance[near].astype(np.int64)
+        shift += 1
+    left = np.flatnonzero(end - rows > shift)
+    yield from _near(words, _candidates(rows[left], rows[left] + shift, end[left]), max_distance)
 
 
 def _candidates(first: Indices, low: Indices, high: Indices) -> Iterator[tuple[Indices, Indices]]:
@@ -170,9 +205,12 @@ def _sorted_keys(band: Band, words: NDArray[np.uint64]) -> tuple[Indices, Indice
     return (both >> np.uint64(32)).astype(np.int64), (both & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint16]:
+def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.unsignedinteger[Any]]:
     """Bits in which [words, n] hashes differ."""
-    total: NDArray[np.uint16] = np.bitwise_count(a[0] ^ b[0]).astype(np.uint16)
+    first: NDArray[np.uint8] = np.bitwise_count(a[0] ^ b[0])
+    if len(a) == 1:
+        return first
+    total = first.astype(np.uint16)
     for left, right in zip(a[1:], b[1:], strict=True):
         total += np.bitwise_count(left ^ right)
     return total
@@ -188,10 +226,9 @@ def _distinct(words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], list[Indic
     """Each different hash once, and per different hash [start..] where it stands: (order, starts)."""
     order = np.argsort(words[0]) if len(words) == 1 else np.lexsort(words)
     ordered = words[:, order]
-    new = np.ones(words.shape[1], bool)
-    new[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
-    starts = np.flatnonzero(new)
-    return ordered[:, starts], [order, np.append(starts, len(order))]
+    new = np.ones(words.shape[1] + 1, bool)
+    new[1:-1] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
+    return ordered[:, new[:-1]], [order, np.flatnonzero(new)]
 
 
 def _expanded(pairs: Pairs, groups: list[Indices]) -> Iterator[Pairs]:
