@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from tensorboardX import SummaryWriter
 
@@ -23,6 +24,7 @@ from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.codec import factor_of
 from models.networks.config import LoraConfig
 from models.networks.denoiser import Denoiser
+from models.networks.text_features import sd3_text_parts
 from models.personalization import lora_files
 from models.personalization.lora import add_lora, merge, save_forms, stacked
 from models.personalization.lora_import import read as read_adapter
@@ -122,6 +124,8 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     refuse_other_space(denoiser, data, config.name)
     adapt(denoiser, config.lora, train_config.seed, init)
     phases = phases_of(config)
+    for each in (data, *past):
+        each.text_parts = text_parts(config, phases, card, frozen, each)
     repa = alignment(config, denoiser, data, phases)
     objective = FlowMatching(denoiser, config.timesteps, repa, config.objective, phases, config.log_bins)
     cached = repa is not None and repa.config.needs_cached_features
@@ -158,6 +162,21 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
         "sampler": config.sampling.sampler, "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
         **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
     })  # fmt: skip
+
+
+def text_parts(
+    config: FlowMatchingConfig, phases: Sequence[Phase], card: SamplingCard, frozen: Path | None, data: TrainingData
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Which part of the text each encoder made, where a phase drops encoders one by one."""
+    if all(phase.select.empty_encoders == 0 for phase in phases):
+        return ()
+    if card.family != "sd3" or frozen is None:
+        raise ConfigError(
+            f"{config.name}: select.empty_encoders is for SD3, which reads a prompt with several encoders; this model "
+            "has one, use select.empty_captions"
+        )
+    _, num_rows, dim = data.null()[0].shape
+    return sd3_text_parts(frozen, num_rows, dim)
 
 
 def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> None:

@@ -42,11 +42,20 @@ class TrainingData:
         self.text_mean = torch.from_numpy(self.set.mean)
         self.text_std = torch.from_numpy(self.set.std)
         self.scaling = None if (told := self.set.latent_scaling) is None else Scaling(*told)
+        self.text_parts: tuple[torch.Tensor, ...] = ()  # [T, D] bool of each text encoder, where there are several
 
     def null(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty prompt, [1, T, D] and [1, T]."""
         tokens, mask = self.set.text([0])
         return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def _without_encoders(self, tokens: torch.Tensor, share: float, rng: Randomness) -> torch.Tensor:
+        """Tokens [B, T, D] in which each text encoder's part is that of the empty prompt in so many samples."""
+        null = self.null()[0] if share > 0 else None
+        for number, part in enumerate(self.text_parts if null is not None else ()):
+            empty = (rng.uniform(f"empty encoder {number}") < share).view(-1, 1, 1)
+            tokens = torch.where(empty & part, null, tokens)  # type: ignore[arg-type]
+        return tokens
 
     def teacher_dim(self, select: SelectConfig) -> int:
         """Width of the cached teacher features; refused where a selected bucket has none."""
@@ -115,7 +124,8 @@ class TrainingData:
             use_long = (rng.uniform("long caption") < select.long_captions).numpy()
             empty = (rng.uniform("empty caption") < select.empty_captions).numpy()
             captions = np.where(empty, 0, np.where(use_long, rows.long, rows.short))
-            tokens, mask = self.set.text(captions)
+            tokens, mask = (torch.from_numpy(x) for x in self.set.text(captions))
+            tokens = self._without_encoders(tokens, select.empty_encoders, rng)
             features = torch.from_numpy(rows.teacher) if teacher else None
             if self.scaling is None:
                 images = to_model(rows.images)
@@ -124,7 +134,7 @@ class TrainingData:
                 eps = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
                 images = drawn(moments, eps, self.scaling)
             return Batch(
-                images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, features,
+                images, tokens, mask, slots, features,
                 rows=tuple(part.rows.tolist()),
             )  # fmt: skip
 

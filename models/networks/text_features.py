@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +117,22 @@ class Sd3Text:
     def count(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut."""
         return len(self.tokenizer(prompt)["input_ids"])
+
+
+def sd3_text_parts(folder: Path, num_rows: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """Which entries of packed features [num_rows, dim] come from each text encoder of a folder: bool, two CLIPs, T5."""
+    told = [json.loads((folder / name / "config.json").read_text()) for name in ("text_encoder", "text_encoder_2")]
+    clip_tokens = int(json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"])
+    pooled = [int(each["projection_dim"]) for each in told]
+    owner = torch.full((num_rows, dim), -1)
+    rows, column = -(-sum(pooled) // dim), 0
+    owner[:rows].view(-1)[: sum(pooled)] = torch.arange(2).repeat_interleave(torch.tensor(pooled))
+    for number, each in enumerate(told):
+        owner[rows : rows + clip_tokens, column : column + int(each["hidden_size"])] = number
+        column += int(each["hidden_size"])
+    if (folder / "text_encoder_3").is_dir():
+        owner[rows + clip_tokens :] = 2
+    return tuple(owner == number for number in range(int(owner.max()) + 1))
 
 
 def sd3_pipeline(folder: Path, transformer: Any, vae: Any, scheduler: Any) -> Any:

@@ -149,6 +149,10 @@ class SelectConfig(Config):
     domains: tuple[str, ...] | None = Field(default=None, description="Only these domains; null means all")
     long_captions: float = Field(default=0.0, ge=0, le=1, description="Share of samples with the long caption")
     empty_captions: float = Field(default=0.1, ge=0, lt=1, description="Share of samples without caption (for CFG)")
+    empty_encoders: float = Field(
+        default=0.0, ge=0, lt=1, json_schema_extra=IF_SET,
+        description="SD3: share of samples in which one text encoder reads no caption, each encoder on its own",
+    )  # fmt: skip
     replay: float = Field(default=0.0, ge=0, lt=1, description="Share of the steps drawn from all domains instead")
 
     @model_validator(mode="after")

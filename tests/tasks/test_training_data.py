@@ -7,7 +7,10 @@ from safetensors.numpy import save_file
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
 from data_curation.manifest import write_table
 from infra.errors import ConfigError, DataRefused
-from models.pretraining.config import SelectConfig
+from models.networks.checkpoint import SamplingCard
+from models.pretraining.config import FlowMatchingConfig, SelectConfig
+from models.pretraining.curriculum import phases_of
+from tasks.training import text_parts
 from tasks.training_data import TrainingData
 
 ROWS = {32: 24, 40: 112}  # the last 40 are held out
@@ -81,3 +84,28 @@ def test_held_out_pictures_are_the_validation_split_evenly_taken(data) -> None:
     assert len(data.held_out(SelectConfig(resolutions=(40,)), 1000)) == 3  # all forty
     with pytest.raises(DataRefused, match="no validation rows"):
         data.held_out(SelectConfig(resolutions=(32,)), 20)
+
+
+def test_each_text_encoder_is_dropped_on_its_own(data, tmp_path) -> None:
+    tokens = np.concatenate([np.full((2, 4), value, np.float16) for value in (0, 1, 2)])
+    save_file({"tokens": tokens, "offsets": np.array([0, 2, 4, 6]), "mean": np.zeros(4, np.float32),
+               "std": np.ones(4, np.float32)}, tmp_path / "text.safetensors")  # fmt: skip
+    data = TrainingData(tmp_path)
+    first = torch.zeros(2, 4, dtype=torch.bool)
+    first[0] = True
+    data.text_parts = (first, ~first)
+    select = SelectConfig(resolutions=(32,), empty_captions=0.0, empty_encoders=0.3)
+    batches = data.batches(select, 8, 0, teacher=False)
+    seen = torch.cat([batches(step).tokens for step in range(200)])[..., 0]  # [N, 2]: what each encoder says
+    empty = seen == 0
+    assert empty.float().mean(0).numpy() == pytest.approx([0.3, 0.3], abs=0.04)
+    assert (empty[:, 0] & empty[:, 1]).float().mean() == pytest.approx(0.09, abs=0.025)
+    whole = data.batches(select.model_copy(update={"empty_encoders": 0.0}), 8, 0, teacher=False)
+    assert (whole(0).tokens == 1).all()
+
+
+def test_dropping_encoders_of_a_model_that_has_one_is_refused(data, tmp_path) -> None:
+    config = FlowMatchingConfig(select=SelectConfig(empty_encoders=0.1))
+    with pytest.raises(ConfigError, match="pretrain-32: select.empty_encoders is for SD3"):
+        text_parts(config, phases_of(config), SamplingCard(), tmp_path, data)
+    assert text_parts(FlowMatchingConfig(), phases_of(FlowMatchingConfig()), SamplingCard(), tmp_path, data) == ()
