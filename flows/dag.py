@@ -183,8 +183,9 @@ def personalization(config: LifecycleConfig) -> list[StageSpec]:
     for stage in config.personalize:
         specs += personalized(stage, config.pretrain[-1].sampling.side, config.seed, start)
     for mix in config.mix:
-        data = {"data": "encode"} if mix.method == "fused" else {}
-        specs.append(spec_of(mix.name, "mix", mix, init=start, **data, **{name: name for name in mix.adapters}))
+        data = {"data": "encode"} if mix.draws else {}
+        function = "distill_mix" if mix.method == "distilled" else "mix"
+        specs.append(spec_of(mix.name, function, mix, init=start, **data, **{name: name for name in mix.adapters}))
     return specs
 
 

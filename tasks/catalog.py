@@ -67,6 +67,7 @@ TRAITS: dict[str, Traits] = {
     "prompt_check": Traits("scores", "models.posttraining.config:PromptCheckConfig", "tasks.prompt_check:prompt_check"),
     "dreambooth": Traits("checkpoint", "models.personalization.config:DreamBoothConfig", "tasks.personalize:dreambooth", runs="train", version=4),
     "mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.mix:mix"),
+    "distill_mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.distill_mix:distill_mix", runs="train"),
     "teacher_pairs": Traits("pairs", "models.distillation.config:PairStoreConfig", "tasks.teacher_pairs:teacher_pairs"),
     "distill": Traits("checkpoint", "models.distillation.config:DistillConfig", "tasks.distill:distill", runs="train", version=2),
     "compare": Traits("scores", "tasks.config:CompareConfig", "tasks.compare:compare"),

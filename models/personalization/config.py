@@ -14,7 +14,7 @@ from models.engine.config import OptimizerConfig, TrainConfig
 from models.networks.config import LoraConfig
 from models.pretraining.config import TimestepConfig
 
-MixMethod = Literal["sum", "svd", "ties", "dare", "fused"]
+MixMethod = Literal["sum", "svd", "ties", "dare", "fused", "distilled"]
 
 
 class DreamBoothConfig(Config):
@@ -100,6 +100,22 @@ class FusionConfig(Config):
     ordinary_weight: float = Field(default=1.0, ge=0, description="How much those count against one subject's")
     steps: int = Field(default=4, ge=1, description="Steps drawn, each with other inputs")
     ridge: float = Field(default=1e-3, gt=0, description="Against directions nobody reads, times the mean square read")
+    stand_in: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Word of training captions in whose place a subject is put where none names its class",
+        json_schema_extra=IF_SET,
+    )
+
+
+class MixDistillationConfig(Config):
+    """How a distilled mix learns from the models it is made of; the pictures they drew for the fit are what it learns from."""
+
+    timesteps: TimestepConfig = TimestepConfig()
+    train: TrainConfig = TrainConfig(
+        steps=150, batch_size=18, ema_gamma=6.0, log_every=10,
+        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=1e-3, warmup_steps=10, decay_from=0.5),
+    )  # fmt: skip
 
 
 class MixConfig(Config):
@@ -112,14 +128,23 @@ class MixConfig(Config):
     )
     method: MixMethod = Field(
         default="sum",
-        description="sum: exact; svd: best of a rank; ties: by elected sign; dare: random entries; fused: fitted to inputs",
+        description="sum: exact; svd: best of a rank; ties: by elected sign; dare: random entries; fused: fitted to inputs; "
+        "distilled: fused, then taught by the tuned models",
     )
     fusion: FusionConfig | None = Field(
         default=None, description="What fused draws; null: its defaults", json_schema_extra=IF_SET
     )
+    distillation: MixDistillationConfig | None = Field(
+        default=None, description="How distilled learns; null: its defaults", json_schema_extra=IF_SET
+    )
     rank: int | None = Field(default=None, ge=1, description="Rank of svd")
     density: float = Field(default=0.5, gt=0, le=1, description="Share of entries that ties and dare keep")
-    seed: int = Field(default=0, ge=0, description="Seed of what dare keeps")
+    seed: int = Field(default=0, ge=0, description="Seed of what dare keeps, fused draws and distilled learns")
+
+    @property
+    def draws(self) -> bool:
+        """Whether the models that are mixed draw pictures for it."""
+        return self.method in ("fused", "distilled")
 
     @model_validator(mode="after")
     def _sound(self) -> MixConfig:
@@ -127,8 +152,10 @@ class MixConfig(Config):
             raise ValueError(
                 f"mix {self.name!r}: method={self.method} with rank={self.rank}; svd, and only svd, has one"
             )
-        if self.fusion is not None and self.method != "fused":
-            raise ValueError(f"mix {self.name!r}: method={self.method} with fusion; fused, and only fused, has it")
+        if self.fusion is not None and not self.draws:
+            raise ValueError(f"mix {self.name!r}: method={self.method} with fusion; only fused and distilled have it")
+        if self.distillation is not None and self.method != "distilled":
+            raise ValueError(f"mix {self.name!r}: method={self.method} with distillation; only distilled has it")
         if unknown := sorted(set(self.blocks) - set(self.adapters)):
             raise ValueError(f"mix {self.name!r}: blocks name {unknown}, but its adapters are {sorted(self.adapters)}")
         return self

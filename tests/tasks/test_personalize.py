@@ -1,6 +1,7 @@
 """Subjects of one's own through the stage functions: read, learn, mix, at toy size with the real text encoder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from models.personalization import lora_files, lora_import
 from models.personalization.config import DreamBoothConfig, FusionConfig, MixConfig
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import load_generator
+from tasks.distill_mix import distill_mix
 from tasks.mix import mix
 from tasks.personalize import class_prompts, dreambooth
 
@@ -237,7 +239,60 @@ def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(places) -> None:
     assert (
         np.abs(drawn(fitted.out) - alone).mean() < 0.05 * np.abs(start - alone).mean()
     )  # on its inputs it is the adapter
-    assert not (fitted.out / "adapter").exists()
+    adapter = lora_import.read(fitted.out / "adapter", prx.load(places["init"] / "transformer").transformer)
+    assert set(adapter.ranks.values()) == {2}  # a fit of one rank-2 change
+    live = load_generator(places["init"])
+    lora_files.attach(live.denoiser.transformer, adapter)
+    prompt = [f"a {facts['triggers']['one']} toy"] * 4
+    np.testing.assert_allclose(live.draw(prompt, range(4)), drawn(fitted.out), atol=1e-4)
+
+
+@pytest.fixture
+def two(places) -> dict[str, Path]:
+    """Two adapters with tokens of their own and their base."""
+    subject, tokens = pictures_of(places), list(rarest(text_encoder.modules()[1], CAPTIONS, "toy", 9))
+    train = {**SHORT["train"], "steps": 6}
+    outs = {
+        name: learn(places, name, subject, token=tokens[i], train={**train, "seed": i})[1]
+        for i, name in enumerate(("one", "two"))
+    }
+    return {"init": places["init"], "data": places["data"], **outs}
+
+
+def distilled(places, name: str, two: dict[str, Path], steps: int = 12, left: Path | None = None) -> tuple[dict, Path]:
+    train = {"steps": steps, "batch_size": 6, "ema_gamma": 0.0, "log_every": 4, "checkpoint_every": 4,
+             "optimizer": {"muon_lr": None, "adamw_lr": 0.01, "warmup_steps": 0}}  # fmt: skip
+    config = MixConfig.model_validate({
+        "name": "mix", "adapters": {"one": 1.0, "two": 1.0}, "method": "distilled", "distillation": {"train": train},
+        "fusion": {"prompts": 6, "ordinary": 6, "steps": 2, "ordinary_weight": 0.2},
+    })  # fmt: skip
+    ctx = context(places, name, **two)
+    if left is not None:
+        shutil.copytree(left, ctx.scratch, dirs_exist_ok=True)
+    return distill_mix(config, ctx), ctx.out
+
+
+def test_a_distilled_mix_comes_closer_to_its_teachers_and_is_one_adapter(places, two) -> None:
+    facts, out = distilled(places, "distilled", two, steps=40)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert facts["error"] == json.loads((out / "mix.json").read_text())["error"] > 0.05
+    adapter = lora_import.read(out / "adapter", prx.load(two["init"] / "transformer").transformer, "digest of init")
+    assert set(adapter.ranks.values()) == {4}  # the sum of both
+    live, prompt = load_generator(two["init"]), [f"a {facts['triggers']['one']} toy"] * 2
+    lora_files.attach(live.denoiser.transformer, adapter)
+    np.testing.assert_allclose(live.draw(prompt, [3, 4]), load_generator(out).draw(prompt, [3, 4]), atol=1e-4)
+
+
+def test_a_distilled_mix_that_was_killed_ends_in_the_same_bytes(places, two) -> None:
+    _, whole = distilled(places, "whole", two)
+    whole, scratch = whole.rename(places["root"] / "first"), places["root"] / "whole-scratch"
+    shutil.rmtree(sorted((scratch / "checkpoints").iterdir())[-1])  # as if killed before the last step
+    left = scratch.rename(places["root"] / "left")
+    _, again = distilled(places, "whole", two, left=left)
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert len(names) >= 8
+    assert [name for name in names if (whole / name).read_bytes() != (again / name).read_bytes()] == []
 
 
 def test_an_adapter_of_another_base_is_not_mixed(places) -> None:

@@ -1,0 +1,61 @@
+"""Distilled mixes: one model learns to predict what each of several tuned models predicts for its own prompts.
+
+    loss = E_i E_{x_t} |v(x_t, c) - v_i(x_t, c)|^2,   (x_0, c) a picture that model i drew and its prompt
+
+with i = 0 the base and its ordinary prompts, i >= 1 the base with adapter i and prompts of subject i: concept distillation from
+several teachers, which Mix-of-Show's fusion (arXiv:2305.18292) solves a layer at a time and here is solved through the
+whole network, so that a layer learns what to do with the inputs that the mixed layers below it make. It needs no picture of
+the subjects. The target is DreamBooth's `prediction` prior with several teachers. Left out: guided targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
+from models.personalization.dreambooth import Pictures
+from models.pretraining.config import TimestepConfig
+from models.pretraining.flow_matching import FlowMatching
+
+
+class MixDistillation(FlowMatching):
+    """Flow matching whose target is the x_0 of the row's teacher, numbered in `extra["teacher"]` int64 [B]."""
+
+    def __init__(self, denoiser: Denoiser, timesteps: TimestepConfig, teachers: Sequence[Denoiser]) -> None:
+        super().__init__(denoiser, timesteps)
+        self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+
+    def prepare(self, batch: Batch, rng: Randomness) -> Batch:
+        """Draw t and eps, mix x_t; put what each row's teacher makes of it in place of the picture."""
+        batch = super().prepare(batch, rng)
+        targets, x_t, t = batch.images.clone(), batch.extra["x_t"], batch.extra["t"]
+        with torch.no_grad():
+            for number, teacher in enumerate(self.teachers):
+                rows = batch.extra["teacher"] == number
+                if rows.any():
+                    targets[rows], _ = teacher(x_t[rows], t[rows], batch.tokens[rows], batch.mask[rows])
+        return replace(batch, images=targets)
+
+
+def lesson_batches(lessons: Sequence[Pictures], slots: tuple[int, ...], seed: int) -> Callable[[int], Batch]:
+    """Slot s shows a picture of lesson s mod L, whose teacher has its number; text is cut to the longest prompt of all."""
+    longest = max(int(lesson.mask.sum(1).max()) for lesson in lessons)
+
+    def batch(step: int) -> Batch:
+        draws = Randomness(seed, step, slots).uniform("lesson").tolist()
+        numbers = [slot % len(lessons) for slot in slots]
+        places = [int(u * len(lessons[number])) for number, u in zip(numbers, draws, strict=True)]
+        chosen = [(lessons[number], place) for number, place in zip(numbers, places, strict=True)]
+        return Batch(
+            torch.stack([lesson.images[place] for lesson, place in chosen]),
+            torch.stack([lesson.tokens[place, :longest] for lesson, place in chosen]),
+            torch.stack([lesson.mask[place, :longest] for lesson, place in chosen]), slots,
+            extra={"teacher": torch.tensor(numbers)},
+        )  # fmt: skip
+
+    return batch
