@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
-from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
+from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
 from models.personalization.lora import add_lora, merge, save_forms, since
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import Generator, load_generator, sample_together
@@ -44,6 +45,8 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         )
     subject = subject_of(config, ctx, token, card)
     instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
+    if subject.masks is not None:
+        instance = replace(instance, focus=focus_of(torch.from_numpy(subject.masks), config.unmasked_weight))
     prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
     denoiser, base = (
         families.load(ctx.inputs["init"] / "transformer", card, data.text_mean, data.text_std) for _ in range(2)

@@ -26,10 +26,11 @@ INSTANCE_SCENES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """Pictures uint8 [N, side, side, 3] and a caption for each."""
+    """Pictures uint8 [N, side, side, 3], a caption for each, and where the subject is (0 to 1), if any has a mask."""
 
     images: np.ndarray
     captions: list[str]
+    masks: np.ndarray | None = None  # float32 [N, side, side]; 1 everywhere in a picture without one
 
 
 def demo_subject(config: DreamBoothConfig, token: str, side: int) -> Subject:
@@ -66,5 +67,14 @@ def own_subject(
                 f"the caption of {row['name']} has {length} tokens, more than the model reads ({max_tokens}); shorten it"
             )
         captions.append(caption)
-    images = [ImageOps.fit(open_picture(row["image"]), (side, side), Image.Resampling.LANCZOS) for row in rows]
-    return Subject(np.stack([np.asarray(image) for image in images]), captions)
+    images = np.stack([_square(row["image"], side) for row in rows])
+    if not any(row.get("mask") for row in rows):
+        return Subject(images, captions)
+    whole = np.ones((side, side), np.float32)
+    masks = [_square(row["mask"], side).mean(2, dtype=np.float32) / 255 if row["mask"] else whole for row in rows]
+    return Subject(images, captions, np.stack(masks))
+
+
+def _square(stored: bytes, side: int) -> np.ndarray:
+    """The middle square of a stored picture, scaled, uint8 [side, side, 3]."""
+    return np.asarray(ImageOps.fit(open_picture(stored), (side, side), Image.Resampling.LANCZOS))

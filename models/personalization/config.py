@@ -48,6 +48,13 @@ class DreamBoothConfig(Config):
         default="prediction", description="Target on class pictures: what the base predicts from them, or themselves"
     )
     prior_weight: float = Field(default=1.0, ge=0, description="Weight of the prior-preservation loss")
+    unmasked_weight: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Weight of pixels outside a picture's mask (rex.mask.png) against 1 inside",
+        json_schema_extra=IF_SET,
+    )
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig(
         steps=150, batch_size=16, ema_gamma=6.0, log_every=10,

@@ -29,6 +29,7 @@ from models.sampling.generate import load_generator
 from tasks.distill_mix import distill_mix
 from tasks.mix import mix
 from tasks.personalize import class_prompts, dreambooth
+from tasks.subject_pictures import own_subject
 
 CAPTIONS = ["", "a big apple on a blue background", "two cats side by side on a white background"]
 SHORT = {
@@ -127,6 +128,25 @@ def test_learning_twice_gives_the_same_bytes(places) -> None:
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert len(names) >= 8
     assert [n for n in names if n.name != "metrics.jsonl" and (one / n).read_bytes() != (two / n).read_bytes()] == []
+
+
+def test_a_mask_goes_with_its_picture_to_the_side_of_the_model(places) -> None:
+    mask = Image.new("L", Image.open(places["own"] / "1.png").size)
+    mask.paste(255, (0, 0, mask.width, mask.height // 2))
+    mask.save(places["own"] / "1.mask.png")
+    pictures = pictures_of(places)
+    config = DreamBoothConfig.model_validate({**SHORT, "subject": f"{places['own']}/"})
+    subject = own_subject(config, pictures, "zwx", 32, text_encoder.modules()[1], 64)
+    assert subject.masks is not None
+    assert [float(each.mean()) for each in subject.masks] == pytest.approx([1, 0.5, 1, 1], abs=0.01)
+    assert float(subject.masks[1][:12].min()) > 0.95
+    assert float(subject.masks[1][20:].max()) < 0.05
+    _, masked = learn(places, "masked", pictures)
+    (places["own"] / "1.mask.png").unlink()
+    _, plain = learn(places, "plain", pictures_of(places, "unmasked"))
+    assert (masked / "adapter/adapter_model.safetensors").read_bytes() != (
+        plain / "adapter/adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_captions_must_name_the_subject_and_fit(places) -> None:
