@@ -65,7 +65,7 @@ TRAITS: dict[str, Traits] = {
     "refl": Traits("checkpoint", "models.posttraining.config:ReflConfig", "tasks.online:refl", runs="train"),
     "prompt_enhancer": Traits("enhancer", "models.posttraining.config:PromptEnhancerConfig", "tasks.enhance:prompt_enhancer", runs="train"),
     "prompt_check": Traits("scores", "models.posttraining.config:PromptCheckConfig", "tasks.prompt_check:prompt_check"),
-    "dreambooth": Traits("checkpoint", "models.personalization.config:DreamBoothConfig", "tasks.personalize:dreambooth", runs="train", version=4),
+    "dreambooth": Traits("checkpoint", "models.personalization.config:DreamBoothConfig", "tasks.personalize:dreambooth", runs="train", version=5),
     "mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.mix:mix"),
     "distill_mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.distill_mix:distill_mix", runs="train"),
     "teacher_pairs": Traits("pairs", "models.distillation.config:PairStoreConfig", "tasks.teacher_pairs:teacher_pairs"),

@@ -55,6 +55,13 @@ class DreamBoothConfig(Config):
         description="Weight of pixels outside a picture's mask (rex.mask.png) against 1 inside",
         json_schema_extra=IF_SET,
     )
+    shift: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Pictures of the subject are moved by up to so many pixels, their edges repeated",
+        json_schema_extra=IF_SET,
+    )
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig(
         steps=150, batch_size=16, ema_gamma=6.0, log_every=10,

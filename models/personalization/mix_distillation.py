@@ -18,7 +18,7 @@ import torch
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
-from models.personalization.dreambooth import Pictures
+from models.personalization.dreambooth import Pictures, longest_prompt
 from models.pretraining.config import TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
 
@@ -44,7 +44,7 @@ class MixDistillation(FlowMatching):
 
 def lesson_batches(lessons: Sequence[Pictures], slots: tuple[int, ...], seed: int) -> Callable[[int], Batch]:
     """Slot s shows a picture of lesson s mod L, whose teacher has its number; text is cut to the longest prompt of all."""
-    longest = max(int(lesson.mask.sum(1).max()) for lesson in lessons)
+    longest = longest_prompt(*lessons)
 
     def batch(step: int) -> Batch:
         draws = Randomness(seed, step, slots).uniform("lesson").tolist()

@@ -55,6 +55,8 @@ ADAPTERS = {
     "dora": dreambooth(kind="dora"),
     "patterns": dreambooth(rank_pattern={"to_out.0": 2}, alpha_pattern={"up_proj": 8.0}),
     "pissa": dreambooth(init="pissa"),
+    "loha": dreambooth(kind="loha"),
+    "lokr": dreambooth(kind="lokr"),
 }
 
 

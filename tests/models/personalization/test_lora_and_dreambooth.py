@@ -70,6 +70,8 @@ FAMILY = {
     "patterns": {"alpha": 8.0, "rank_pattern": {"to_out.0": 2}, "alpha_pattern": {"up_proj": 3.0}},
     "gaussian": {"init": "gaussian"},
     "pissa": {"init": "pissa"},
+    "loha": {"kind": "loha", "alpha": 8.0},
+    "lokr": {"kind": "lokr"},
 }
 
 
@@ -123,7 +125,7 @@ def test_patterns_that_do_not_fit_are_errors(settings, message, tiny) -> None:
         ({"rank_pattern": {"up_proj": 0}}, "lora.rank_pattern.up_proj=0 is not above 0"),
         ({"alpha_pattern": {"up_proj": -1.0}}, "lora.alpha_pattern.up_proj=-1.0 is not above 0"),
         ({"init": "pissa", "kind": "dora"}, "lora.init=pissa changes the base, whose rows dora measures"),
-        ({"kind": "lokr"}, "lokr"),
+        ({"kind": "oft"}, "oft"),
     ],
 )
 def test_settings_without_meaning_are_errors(settings, message) -> None:
