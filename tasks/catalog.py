@@ -68,6 +68,7 @@ TRAITS: dict[str, Traits] = {
     "dreambooth": Traits("checkpoint", "models.personalization.config:DreamBoothConfig", "tasks.personalize:dreambooth", runs="train", version=5),
     "mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.mix:mix"),
     "distill_mix": Traits("checkpoint", "models.personalization.config:MixConfig", "tasks.distill_mix:distill_mix", runs="train"),
+    "sweep_grid": Traits("sweep", "models.personalization.config:SweepGridConfig", "tasks.subject_sweep:sweep_grid"),
     "teacher_pairs": Traits("pairs", "models.distillation.config:PairStoreConfig", "tasks.teacher_pairs:teacher_pairs"),
     "distill": Traits("checkpoint", "models.distillation.config:DistillConfig", "tasks.distill:distill", runs="train", version=2),
     "compare": Traits("scores", "tasks.config:CompareConfig", "tasks.compare:compare"),

@@ -42,7 +42,8 @@ def distill_mix(config: MixConfig, ctx: StageContext) -> dict[str, Any]:
         return merge(trained[0])
 
     card = made_of.card.model_copy(update={"trigger": made_of.about["trigger"]})
-    batches = lesson_batches(lessons, local_slots(train.batch_size), train.seed)
+    slots, null = local_slots(train.batch_size), around.encode([""])
+    batches = lesson_batches(lessons, null, settings.empty_share, slots, train.seed)
     facts = run_training(objective, batches, train, ctx, model_of, card, shown(readings))
     if world()[0] != 0:
         return facts

@@ -29,7 +29,8 @@ STAMP = "t2i-lineage"  # key of the text chunk in PNG files that we draw
 TRAINING_SET = "training-set"
 # They take captions or text statistics from a training set, but no picture.
 PICTURELESS = (
-    "dpo", "grpo", "nft", "dreambooth", "make_pairs", "teacher_pairs", "mix", "distill_mix", "evaluate", "export", "report",
+    "dpo", "grpo", "nft", "dreambooth", "make_pairs", "teacher_pairs", "mix", "distill_mix", "sweep_grid", "evaluate",
+    "export", "report",
 )  # fmt: skip
 URLS = ("row_id", "url", "sha256_raw", "licence", "domain", "caption_short")
 

@@ -55,7 +55,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
     objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)
     slots = local_slots(config.train.batch_size)
-    batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed, config.shift)
+    batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
     trained: list[Denoiser] = []
 
     def model_of(trainer: Trainer) -> Denoiser:

@@ -40,7 +40,14 @@ def demo_subject(config: DreamBoothConfig, token: str, side: int) -> Subject:
             f"personalize subject {config.subject!r} is unknown; choose one of {sorted(demo.SUBJECT_OBJECTS)}, "
             "or a folder of pictures, written with a slash"
         )
-    places = [INSTANCE_SCENES[i % len(INSTANCE_SCENES)] for i in range(config.pictures)]
+    chosen = config.scenes or INSTANCE_SCENES
+    for layout, color in chosen:
+        if layout not in demo.SINGLE_LAYOUTS or color not in demo.BACKGROUNDS:
+            raise ConfigError(
+                f"{config.name}: there is no scene of one object {layout!r} on {color!r}; "
+                f"layouts are {', '.join(demo.SINGLE_LAYOUTS)}, backgrounds {', '.join(demo.BACKGROUNDS)}"
+            )
+    places = [chosen[i % len(chosen)] for i in range(config.pictures)]
     scenes = [demo.Scene(layout, (config.subject,), color) for layout, color in places]
     images = demo.draw_batch(scenes, side, seed=derive_seed(config.train.seed, "instance") % 2**31)
     phrase = f"{token} {config.class_word}"

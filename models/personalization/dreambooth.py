@@ -73,47 +73,36 @@ def focus_of(masks: torch.Tensor, unmasked: float) -> torch.Tensor:
     return weights / weights.mean((1, 2), keepdim=True)
 
 
-def moved(picture: torch.Tensor, place: torch.Tensor, most: int) -> torch.Tensor:
-    """A picture [..., H, W] moved down and right by `place` [2] in [0, 1) of -most to most px, its edges repeated."""
-    if most == 0:
-        return picture
-    height, width = picture.shape[-2:]
-    down, right = (int(u * (2 * most + 1)) - most for u in place.tolist())
-    rows, columns = (torch.arange(n).sub(by).clamp(0, n - 1) for n, by in ((height, down), (width, right)))
-    return picture[..., rows, :][..., columns]
-
-
 def longest_prompt(*sources: Pictures) -> int:
     """Tokens of the longest prompt: what lies behind is padding, which costs time and changes nothing."""
     return max(int(source.mask.sum(1).max()) for source in sources if len(source))
 
 
 def mixed_batches(
-    instance: Pictures, prior: Pictures, prior_weight: float, slots: tuple[int, ...], seed: int, shift: int = 0
+    instance: Pictures, prior: Pictures, prior_weight: float, slots: tuple[int, ...], seed: int
 ) -> Callable[[int], Batch]:
     """Even slots show the subject, odd slots the class; with no prior pictures every slot shows the subject.
 
-    Text is cut where the longest prompt ends. The subject's pictures are moved by up to `shift` px each time, with their masks. Weights make the batch mean equal L(instance) + prior_weight * L(prior); `extra["prior"]` bool [B] marks the class.
+    Text is cut where the longest prompt ends. Weights make the batch mean equal L(instance) + prior_weight * L(prior); `extra["prior"]` bool [B] marks the class.
     """
     if not len(instance):
         raise ValueError("no instance pictures; DreamBooth needs at least one picture of the subject")
     longest = longest_prompt(instance, prior)
 
     def batch(step: int) -> Batch:
-        rng = Randomness(seed, step, slots)
-        draws, places = rng.uniform("picture"), rng.uniform("shift", (2,))
+        draws = Randomness(seed, step, slots).uniform("picture")
         images, tokens, masks, weights, of_class, focus = [], [], [], [], [], []
-        for slot, u, place in zip(slots, draws.tolist(), places, strict=True):
+        for slot, u in zip(slots, draws.tolist(), strict=True):
             own = len(prior) == 0 or slot % 2 == 0
             source = instance if own else prior
             index = int(u * len(source))
-            images.append(moved(source.images[index], place, shift if own else 0))
+            images.append(source.images[index])
             tokens.append(source.tokens[index, :longest])
             masks.append(source.mask[index, :longest])
             weights.append(1.0 if len(prior) == 0 else 2.0 if own else 2.0 * prior_weight)
             of_class.append(not own)
             if instance.focus is not None:
-                focus.append(moved(instance.focus[index], place, shift) if own else torch.ones_like(instance.focus[0]))
+                focus.append(instance.focus[index] if own else torch.ones_like(instance.focus[0]))
         extra = {"prior": torch.tensor(of_class)} | ({"focus": torch.stack(focus)} if focus else {})
         return Batch(
             torch.stack(images), torch.stack(tokens), torch.stack(masks), slots,

@@ -42,20 +42,29 @@ class MixDistillation(FlowMatching):
         return replace(batch, images=targets)
 
 
-def lesson_batches(lessons: Sequence[Pictures], slots: tuple[int, ...], seed: int) -> Callable[[int], Batch]:
-    """Slot s shows a picture of lesson s mod L, whose teacher has its number; text is cut to the longest prompt of all."""
-    longest = longest_prompt(*lessons)
+def lesson_batches(
+    lessons: Sequence[Pictures],
+    null: tuple[torch.Tensor, torch.Tensor],
+    empty_share: float,
+    slots: tuple[int, ...],
+    seed: int,
+) -> Callable[[int], Batch]:
+    """Slot s shows a picture of lesson s mod L, whose teacher has its number; text is cut to the longest prompt of all.
+
+    A share of the rows has the empty prompt, `null` [1, T, D] and [1, T], in place of its own, which guidance will ask for.
+    """
+    longest = max(longest_prompt(*lessons), int(null[1].sum()))
 
     def batch(step: int) -> Batch:
-        draws = Randomness(seed, step, slots).uniform("lesson").tolist()
-        numbers = [slot % len(lessons) for slot in slots]
+        rng, numbers = Randomness(seed, step, slots), [slot % len(lessons) for slot in slots]
+        draws, empty = rng.uniform("lesson").tolist(), rng.uniform("empty") < empty_share
         places = [int(u * len(lessons[number])) for number, u in zip(numbers, draws, strict=True)]
         chosen = [(lessons[number], place) for number, place in zip(numbers, places, strict=True)]
-        return Batch(
-            torch.stack([lesson.images[place] for lesson, place in chosen]),
-            torch.stack([lesson.tokens[place, :longest] for lesson, place in chosen]),
-            torch.stack([lesson.mask[place, :longest] for lesson, place in chosen]), slots,
-            extra={"teacher": torch.tensor(numbers)},
-        )  # fmt: skip
+        tokens = torch.stack([lesson.tokens[place] for lesson, place in chosen])
+        mask = torch.stack([lesson.mask[place] for lesson, place in chosen])
+        tokens[empty], mask[empty] = null
+        images = torch.stack([lesson.images[place] for lesson, place in chosen])
+        taught = {"teacher": torch.tensor(numbers)}
+        return Batch(images, tokens[:, :longest], mask[:, :longest], slots, extra=taught)
 
     return batch

@@ -14,6 +14,7 @@ from models.personalization.mix_distillation import MixDistillation, lesson_batc
 from models.pretraining.config import TimestepConfig
 
 SLOTS = tuple(range(6))
+NULL = (torch.full((1, 6, 16), 9.0), torch.tensor([[True, True, False, False, False, False]]))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def lesson(seed: int, prompt: float, length: int = 3) -> Pictures:
 
 def test_each_row_aims_at_its_own_teacher(tiny) -> None:
     teachers = [tiny(0), changed(tiny(0), 1), changed(tiny(0), 2)]
-    batch = lesson_batches([lesson(1, 0.0), lesson(2, 1.0), lesson(3, -1.0)], SLOTS, 0)(5)
+    batch = lesson_batches([lesson(1, 0.0), lesson(2, 1.0), lesson(3, -1.0)], NULL, 0.0, SLOTS, 0)(5)
     assert batch.extra["teacher"].tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.tokens[:, 0, 0].tolist() == [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]
     prepared = MixDistillation(tiny(0), TimestepConfig(), teachers).prepare(batch, Randomness(0, 5, SLOTS))
@@ -55,7 +56,7 @@ def test_each_row_aims_at_its_own_teacher(tiny) -> None:
 def test_the_loss_of_a_teacher_is_0_and_no_gradient_reaches_it(tiny) -> None:
     teacher = changed(tiny(0), 1)
     lessons = [lesson(1, 0.0), lesson(2, 1.0)]
-    batch = lesson_batches(lessons, SLOTS, 0)(0)
+    batch = lesson_batches(lessons, NULL, 0.0, SLOTS, 0)(0)
 
     def loss(student):
         objective = MixDistillation(student, TimestepConfig(), [teacher, teacher])
@@ -73,9 +74,22 @@ def test_the_loss_of_a_teacher_is_0_and_no_gradient_reaches_it(tiny) -> None:
 
 
 def test_text_is_cut_where_the_longest_prompt_ends(tiny) -> None:
-    batch = lesson_batches([lesson(1, 0.5, length=2), lesson(2, 0.5, length=4)], SLOTS, 0)(0)
+    batch = lesson_batches([lesson(1, 0.5, length=2), lesson(2, 0.5, length=4)], NULL, 0.0, SLOTS, 0)(0)
     assert batch.tokens.shape == (6, 4, 16)
     assert batch.mask.sum(1).tolist() == [2, 4] * 3
+
+
+def test_a_share_of_the_rows_has_the_empty_prompt_and_keeps_picture_and_teacher() -> None:
+    lessons = [lesson(1, 0.0), lesson(2, 1.0)]
+    full, cut = lesson_batches(lessons, NULL, 0.0, SLOTS, 0), lesson_batches(lessons, NULL, 0.25, SLOTS, 0)
+    empty = torch.stack([cut(step).tokens[:, 0, 0] == 9.0 for step in range(200)])
+    assert float(empty.float().mean()) == pytest.approx(0.25, abs=0.05)
+    for step in range(3):
+        one, two = full(step), cut(step)
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.extra["teacher"], two.extra["teacher"])
+        assert torch.equal(one.tokens[~empty[step]], two.tokens[~empty[step]])
+        assert (two.mask.sum(1) == torch.where(empty[step], 2, 3)).all()
 
 
 def test_one_model_learns_what_two_teachers_do_for_their_prompts(tiny, tmp_path) -> None:
@@ -89,5 +103,5 @@ def test_one_model_learns_what_two_teachers_do_for_their_prompts(tiny, tmp_path)
         steps=120, batch_size=6, log_every=20, checkpoint_every=120, ema_gamma=0.0,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=0.01, warmup_steps=0),
     )  # fmt: skip
-    trainer = train(objective, lesson_batches(lessons, SLOTS, 0), config, tmp_path)
+    trainer = train(objective, lesson_batches(lessons, NULL, 0.0, SLOTS, 0), config, tmp_path)
     assert trainer.rows[-1]["loss"] < 0.3 * trainer.rows[0]["loss"]
