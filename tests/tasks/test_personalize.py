@@ -28,6 +28,7 @@ from models.personalization.config import DreamBoothConfig, FusionConfig, MixCon
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import load_generator
 from tasks.distill_mix import distill_mix
+from tasks.export import export_adapter
 from tasks.mix import mix
 from tasks.personalize import class_prompts, dreambooth
 from tasks.subject_pictures import own_subject
@@ -119,6 +120,21 @@ def test_a_folder_becomes_an_adapter_in_three_forms_a_checkpoint_and_a_grid(plac
     assert np.abs(merged.draw(prompt, [3]) - load_generator(places["init"]).draw(prompt, [3])).max() > 1e-3
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (4 * 32 * 3, 3 * 32 * 3)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_products_are_learnt_merged_and_exported(kind, places) -> None:
+    _, out = learn(places, "dreambooth-toy", pictures_of(places), lora={"kind": kind, "rank": 2})
+    base = load_generator(places["init"])
+    adapter = lora_import.read(out / "adapter", base.denoiser.transformer, "digest of init")
+    assert {each.kind for each in adapter.products.values()} == {kind}
+    lora_files.attach(base.denoiser.transformer, adapter)
+    prompt = [f"a {adapter.about['trigger']} toy"]
+    np.testing.assert_allclose(base.draw(prompt, [3]), load_generator(out).draw(prompt, [3]), atol=1e-4)
+    export_adapter(out, places["root"] / "exported", "toy")
+    assert sorted(path.name for path in (places["root"] / "exported").iterdir()) == [
+        "adapter_config.json", lora_files.PEFT_FILE, "toy-kohya.safetensors",
+    ]  # fmt: skip
 
 
 def test_learning_twice_gives_the_same_bytes(places) -> None:
