@@ -201,6 +201,9 @@ class LifecycleConfig(Config):
                 raise ValueError(
                     f"mix {mix.name!r} names {unknown}, which is no personalize stage; choose from {learnt}"
                 )
+            whole = [stage.name for stage in self.personalize if stage.lora is None and stage.name in mix.adapters]
+            if whole:
+                raise ValueError(f"mix {mix.name!r} names {whole}, which train all weights (lora: null); mix adapters")
         for sweep in self.sweep:
             if sweep.stage not in learnt:
                 raise ValueError(

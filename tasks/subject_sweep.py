@@ -94,8 +94,8 @@ def question(
 
 def unit(features: np.ndarray) -> np.ndarray:
     """Rows of length 1."""
-    lengths: np.ndarray = np.linalg.norm(features, axis=1, keepdims=True) + 1e-9
-    return features / lengths
+    found: np.ndarray = features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-9)
+    return found
 
 
 def grid(cells: list[Cell], config: SweepGridConfig) -> Image.Image:

@@ -18,7 +18,7 @@ MixMethod = Literal["sum", "svd", "ties", "dare", "fused", "distilled"]
 
 
 class DreamBoothConfig(Config):
-    """DreamBooth with LoRA and prior preservation."""
+    """DreamBooth with prior preservation, as an adapter or with all weights."""
 
     name: str = Field(default="dreambooth-robot", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
     subject: str = Field(
@@ -61,7 +61,10 @@ class DreamBoothConfig(Config):
         description="Weight of pixels outside a picture's mask (rex.mask.png) against 1 inside",
         json_schema_extra=IF_SET,
     )
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(),
+        description="The adapter; null: all weights are trained, for comparison, and there is no adapter",
+    )
     train: TrainConfig = TrainConfig(
         steps=150, batch_size=16, ema_gamma=6.0, log_every=10,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=2e-3, warmup_steps=10, decay_from=0.5),
@@ -97,7 +100,7 @@ class DreamBoothConfig(Config):
         for template in self.templates:
             if "{subject}" not in template:
                 raise ValueError(f"template {template!r} lacks {{subject}}, where token and class go; add it")
-        if self.lora.init == "pissa" and self.prior == "prediction" and self.prior_weight > 0:
+        if self.lora is not None and self.lora.init == "pissa" and self.prior == "prediction" and self.prior_weight > 0:
             raise ValueError(
                 "lora.init=pissa moves the base, whose prediction is the prior's reference; "
                 "set prior to pictures or lora.init to zero"
@@ -196,9 +199,10 @@ class SweepConfig(Config):
 
     def variants(self, stage: DreamBoothConfig) -> list[DreamBoothConfig]:
         """The stages that learn the subject."""
+        lora = stage.lora or LoraConfig()
         return [
             stage.model_copy(update={
-                "name": name, "lora": stage.lora.model_copy(update={"rank": rank}),
+                "name": name, "lora": lora.model_copy(update={"rank": rank}),
                 "train": stage.train.model_copy(update={"steps": steps}),
             })
             for name, (rank, steps) in self.variant_names.items()

@@ -9,7 +9,7 @@ Some prior prompts name another rare token, which must mean to the adapted model
 that answers to any unknown word spoils every other one it is mixed with.
 With masks a pixel of an instance picture counts as much as its mask says, so that the subject is learnt and not its
 background; `unmasked` is what is left of the weight outside, and every picture's weights have mean 1.
-Left out: pivotal tuning, full fine-tuning.
+Left out: pivotal tuning.
 """
 
 from __future__ import annotations

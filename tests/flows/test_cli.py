@@ -149,6 +149,12 @@ def test_a_distilled_mix_trains_on_the_workers_and_reads_captions():
     assert specs["both"].inputs == {"init": "dpo", "data": "encode", "dreambooth-robot": "dreambooth-robot"}
 
 
+def test_a_mix_of_what_has_no_adapter_is_refused():
+    overrides = ["mix=[{name: both, adapters: {dreambooth-robot: 0.5}}]", "personalize.0.lora=null"]
+    with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which train all weights"):
+        parse(LifecycleConfig, load_yaml(SMOKE, overrides), "")
+
+
 def test_a_sweep_is_stages_side_by_side_and_their_grid(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     sweep = "sweep=[{name: s, stage: dreambooth-robot, ranks: [1, 2], steps: [2, 3], weights: [0.5, 1]}]"

@@ -137,6 +137,15 @@ def test_products_are_learnt_merged_and_exported(kind, places) -> None:
     ]  # fmt: skip
 
 
+def test_all_weights_can_be_trained_and_then_there_is_no_adapter(places) -> None:
+    facts, out = learn(places, "dreambooth-toy", pictures_of(places), lora=None)
+    before, after = (prx.load(folder / "transformer").transformer.state_dict() for folder in (places["init"], out))
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    assert not (out / "adapter").exists()
+    assert (out / "grid.png").exists()
+    assert facts["token"] == read_card(out).trigger
+
+
 def test_learning_twice_gives_the_same_bytes(places) -> None:
     subject = pictures_of(places)
     _, one = learn(places, "dreambooth-toy", subject)
