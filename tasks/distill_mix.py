@@ -34,7 +34,8 @@ def distill_mix(config: MixConfig, ctx: StageContext) -> dict[str, Any]:
     train = settings.train.model_copy(update={"seed": settings.train.seed + config.seed})
     around = families.surroundings(ctx.inputs["init"], made_of.card)
     lessons = [Pictures(to_model(each.pictures), *around.encode(each.prompts)) for each in readings.values()]
-    objective = MixDistillation(denoiser, settings.timesteps, [each.denoiser for each in readings.values()])
+    null, teachers = around.encode([""]), [each.denoiser for each in readings.values()]
+    objective = MixDistillation(denoiser, settings.timesteps, teachers, null, made_of.card.guidance)
     trained: list[Denoiser] = []
 
     def model_of(trainer: Trainer) -> Denoiser:
@@ -42,8 +43,7 @@ def distill_mix(config: MixConfig, ctx: StageContext) -> dict[str, Any]:
         return merge(trained[0])
 
     card = made_of.card.model_copy(update={"trigger": made_of.about["trigger"]})
-    slots, null = local_slots(train.batch_size), around.encode([""])
-    batches = lesson_batches(lessons, null, settings.empty_share, slots, train.seed)
+    batches = lesson_batches(lessons, null, settings.empty_share, local_slots(train.batch_size), train.seed)
     facts = run_training(objective, batches, train, ctx, model_of, card, shown(readings))
     if world()[0] != 0:
         return facts

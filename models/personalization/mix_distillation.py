@@ -5,7 +5,9 @@
 with i = 0 the base and its ordinary prompts, i >= 1 the base with adapter i and prompts of subject i: concept distillation from
 several teachers, which Mix-of-Show's fusion (arXiv:2305.18292) solves a layer at a time and here is solved through the
 whole network, so that a layer learns what to do with the inputs that the mixed layers below it make. It needs no picture of
-the subjects. The target is DreamBooth's `prediction` prior with several teachers. Left out: guided targets.
+the subjects. Pictures are drawn with guidance, g v(c) - (g - 1) v(""), and the teachers disagree about the empty prompt. So the mix
+answers to it as the base does, and the target for c makes up for that: with
+v_i'(c) = v_i(c) + (1 - 1/g) (v_0("") - v_i("")) the guided mix is the guided teacher.
 """
 
 from __future__ import annotations
@@ -24,22 +26,44 @@ from models.pretraining.flow_matching import FlowMatching
 
 
 class MixDistillation(FlowMatching):
-    """Flow matching whose target is the x_0 of the row's teacher, numbered in `extra["teacher"]` int64 [B]."""
+    """Flow matching whose target is the x_0 of the row's teacher, numbered in `extra["teacher"]` int64 [B].
 
-    def __init__(self, denoiser: Denoiser, timesteps: TimestepConfig, teachers: Sequence[Denoiser]) -> None:
+    Rows of `extra["empty"]` bool [B] have the empty prompt and the base as their teacher; `null` is its features [1, T, D] and
+    mask [1, T], and `guidance` the g pictures are drawn with.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, timesteps: TimestepConfig, teachers: Sequence[Denoiser],
+        null: tuple[torch.Tensor, torch.Tensor], guidance: float,
+    ) -> None:  # fmt: skip
         super().__init__(denoiser, timesteps)
         self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        used = int(null[1].sum())
+        self.null, self.guidance = (null[0][:, :used], null[1][:, :used]), guidance
 
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Draw t and eps, mix x_t; put what each row's teacher makes of it in place of the picture."""
         batch = super().prepare(batch, rng)
-        targets, x_t, t = batch.images.clone(), batch.extra["x_t"], batch.extra["t"]
-        with torch.no_grad():
-            for number, teacher in enumerate(self.teachers):
-                rows = batch.extra["teacher"] == number
-                if rows.any():
-                    targets[rows], _ = teacher(x_t[rows], t[rows], batch.tokens[rows], batch.mask[rows])
+        targets = batch.images.clone()
+        numbers = batch.extra["teacher"].masked_fill(batch.extra["empty"], 0)
+        for number in range(len(self.teachers)):
+            rows = numbers == number
+            if rows.any():
+                given = batch.extra["x_t"][rows], batch.extra["t"][rows]
+                targets[rows] = self.wanted(number, *given, batch.tokens[rows], batch.mask[rows])
         return replace(batch, images=targets)
+
+    @torch.no_grad()
+    def wanted(
+        self, number: int, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """x_0 [B, C, H, W] that, guided against the base's answer to the empty prompt, is what the teacher draws."""
+        own: torch.Tensor = self.teachers[number](x_t, t, tokens, mask)[0]
+        if number == 0 or self.guidance <= 1:
+            return own
+        empty = [each.expand(len(t), *each.shape[1:]) for each in self.null]
+        base, mine = (self.teachers[i](x_t, t, *empty)[0] for i in (0, number))
+        return own + (1 - 1 / self.guidance) * (base - mine)
 
 
 def lesson_batches(
@@ -64,7 +88,7 @@ def lesson_batches(
         mask = torch.stack([lesson.mask[place] for lesson, place in chosen])
         tokens[empty], mask[empty] = null
         images = torch.stack([lesson.images[place] for lesson, place in chosen])
-        taught = {"teacher": torch.tensor(numbers)}
+        taught = {"teacher": torch.tensor(numbers), "empty": empty}
         return Batch(images, tokens[:, :longest], mask[:, :longest], slots, extra=taught)
 
     return batch

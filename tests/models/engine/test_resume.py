@@ -67,7 +67,7 @@ def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
 def mix(tiny: Callable[[int], Denoiser]) -> Objective:
     denoiser = tiny(0)
     add_lora(denoiser, LoraConfig(rank=4), 0)
-    return MixDistillation(denoiser, TimestepConfig(), [tiny(0), tiny(3)])
+    return MixDistillation(denoiser, TimestepConfig(), [tiny(0), tiny(3)], NULL, 2.0)
 
 
 SHARP = (Weighted(Sharpness()),)
@@ -138,7 +138,13 @@ def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path)
         batch = batches(step)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(step))
         taught = torch.tensor([slot % 2 for slot in batch.slots])
-        beside = {"teacher": taught, "real": batch.images, "real_tokens": batch.tokens, "real_mask": batch.mask}
+        beside = {
+            "teacher": taught,
+            "empty": taught == 2,
+            "real": batch.images,
+            "real_tokens": batch.tokens,
+            "real_mask": batch.mask,
+        }
         return replace(batch, extra={**batch.extra, **beside, "noise": noise})
 
     straight = train(make(tiny), with_noise, CONFIG, tmp_path / "straight")

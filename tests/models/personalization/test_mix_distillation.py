@@ -43,7 +43,7 @@ def test_each_row_aims_at_its_own_teacher(tiny) -> None:
     batch = lesson_batches([lesson(1, 0.0), lesson(2, 1.0), lesson(3, -1.0)], NULL, 0.0, SLOTS, 0)(5)
     assert batch.extra["teacher"].tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.tokens[:, 0, 0].tolist() == [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]
-    prepared = MixDistillation(tiny(0), TimestepConfig(), teachers).prepare(batch, Randomness(0, 5, SLOTS))
+    prepared = MixDistillation(tiny(0), TimestepConfig(), teachers, NULL, 1.0).prepare(batch, Randomness(0, 5, SLOTS))
     for row, number in enumerate(batch.extra["teacher"].tolist()):
         given = [each[row : row + 1] for each in (prepared.extra["x_t"], prepared.extra["t"], batch.tokens, batch.mask)]
         with torch.no_grad():
@@ -53,13 +53,33 @@ def test_each_row_aims_at_its_own_teacher(tiny) -> None:
         assert float((prepared.images[row] - other).abs().max()) > 1e-3
 
 
+def test_the_guided_target_is_the_guided_teacher_and_empty_prompts_are_the_base_s(tiny) -> None:
+    """g s(c) - (g - 1) s("") with s("") the base's answer is g v(c) - (g - 1) v("") of the teacher."""
+    teachers, g = [tiny(0), changed(tiny(0), 1)], 2.5
+    objective = MixDistillation(tiny(0), TimestepConfig(), teachers, NULL, g)
+    batch = lesson_batches([lesson(1, 0.0), lesson(2, 1.0)], NULL, 0.4, SLOTS, 0)(2)
+    prepared = objective.prepare(batch, Randomness(0, 2, SLOTS))
+    empty = [each.expand(6, *each.shape[1:]) for each in NULL]
+    with torch.no_grad():
+        given = prepared.extra["x_t"], prepared.extra["t"]
+        base, own = (teacher(*given, *empty)[0] for teacher in teachers)
+        taught = teachers[1](*given, batch.tokens, batch.mask)[0]
+    cut, subject = batch.extra["empty"], (batch.extra["teacher"] == 1) & ~batch.extra["empty"]
+    assert cut.any()
+    assert subject.any()
+    torch.testing.assert_close(prepared.images[cut], base[cut], atol=1e-5, rtol=1e-5)
+    guided = g * prepared.images - (g - 1) * base
+    torch.testing.assert_close(guided[subject], (g * taught - (g - 1) * own)[subject], atol=1e-4, rtol=1e-4)
+    assert float((prepared.images - taught)[subject].abs().max()) > 1e-3
+
+
 def test_the_loss_of_a_teacher_is_0_and_no_gradient_reaches_it(tiny) -> None:
     teacher = changed(tiny(0), 1)
     lessons = [lesson(1, 0.0), lesson(2, 1.0)]
     batch = lesson_batches(lessons, NULL, 0.0, SLOTS, 0)(0)
 
     def loss(student):
-        objective = MixDistillation(student, TimestepConfig(), [teacher, teacher])
+        objective = MixDistillation(student, TimestepConfig(), [teacher, teacher], NULL, 2.0)
         return objective.loss("denoiser", objective.prepare(batch, Randomness(0, 0, SLOTS))).total
 
     assert float(loss(changed(tiny(0), 1)).detach()) < 1e-9
@@ -98,7 +118,7 @@ def test_one_model_learns_what_two_teachers_do_for_their_prompts(tiny, tmp_path)
     lessons = [lesson(1, 1.0), lesson(2, -1.0)]
     student = tiny(0)
     add_lora(student, LoraConfig(rank=8), 0)
-    objective = MixDistillation(student, TimestepConfig(), teachers)
+    objective = MixDistillation(student, TimestepConfig(), teachers, NULL, 1.0)
     config = TrainConfig(
         steps=120, batch_size=6, log_every=20, checkpoint_every=120, ema_gamma=0.0,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=0.01, warmup_steps=0),
