@@ -63,7 +63,8 @@ class MixDistillation(FlowMatching):
             return own
         empty = [each.expand(len(t), *each.shape[1:]) for each in self.null]
         base, mine = (self.teachers[i](x_t, t, *empty)[0] for i in (0, number))
-        return own + (1 - 1 / self.guidance) * (base - mine)
+        guided: torch.Tensor = own + (1 - 1 / self.guidance) * (base - mine)
+        return guided
 
 
 def lesson_batches(
