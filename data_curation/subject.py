@@ -1,7 +1,8 @@
 """Pictures of one subject of one's own, for personalization: 3 to 30 files of a folder, decoded within bounds.
 
 Unlike a source of training data nothing is dropped in silence: a person chose each of these pictures, so one that
-cannot be used stops the stage, and all such files are named at once. What is stored has no metadata.
+cannot be used stops the stage, and all such files are named at once. What is stored has no metadata. A mask beside a
+picture says where the subject is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from data_curation.config import SubjectFolder
-from data_curation.decode import Inspected
+from data_curation.decode import Inspected, open_picture
 from data_curation.decoder import Decoder
 from data_curation.layouts import PICTURES as SUFFIXES
 from data_curation.layouts import walk
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from infra.stages import StageContext
 
 PICTURES = "pictures.parquet"
+MASK = ".mask.png"  # in place of a picture's suffix
 SCHEMA = pa.schema([
     ("name", pa.string()), ("image", pa.binary()), ("sha256_stored", pa.string()), ("width", pa.int32()),
     ("height", pa.int32()), ("caption", pa.string()),
@@ -37,7 +39,7 @@ def read_subject(config: SubjectFolder, ctx: StageContext) -> dict[str, Any]:
         raise ConfigError(f"subject folder {folder} does not exist; give a folder of 3 to 30 pictures")
     if config.fingerprint not in (None, fingerprint(folder)):
         raise DataRefused(f"subject folder {folder} changed since the run was planned; start again to plan with it")
-    files = [path for path in walk(folder) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in walk(folder) if path.suffix.lower() in SUFFIXES and not is_mask(path)]
     if not config.fewest <= len(files) <= config.most:
         raise DataRefused(
             f"subject folder {folder} has {len(files)} pictures, not {config.fewest} to {config.most}; "
@@ -51,17 +53,54 @@ def read_subject(config: SubjectFolder, ctx: StageContext) -> dict[str, Any]:
             if fault := _fault(path, found, config, rows):
                 faults.append(f"{name}: {fault}")
                 continue
+            mask, fault = _mask(decoder, path, found, config)
+            if fault:
+                faults.append(f"{name}: {fault}")
+                continue
             rows.append({
                 "name": name, "image": found.image, "sha256_stored": found.sha256_stored, "width": found.width,
-                "height": found.height, "caption": _caption(path),
+                "height": found.height, "caption": _caption(path), "mask": mask,
             })  # fmt: skip
+    faults += [f"{path.relative_to(folder).as_posix()}: no picture of that name beside it" for path in _lonely(folder)]
     if faults:
         raise DataRefused(
             f"{len(faults)} of {len(files)} pictures in {folder} cannot be used; replace or remove them: "
             + "; ".join(faults)
         )
-    write_table(rows, SCHEMA, ctx.out / PICTURES)
-    return {"pictures": len(rows), "captions": sum(bool(row["caption"]) for row in rows)}
+    masks = sum(row["mask"] is not None for row in rows)
+    if not masks:  # as it was before there were masks
+        rows = [{key: value for key, value in row.items() if key != "mask"} for row in rows]
+    write_table(rows, SCHEMA.append(pa.field("mask", pa.binary())) if masks else SCHEMA, ctx.out / PICTURES)
+    counted = {"pictures": len(rows), "captions": sum(bool(row["caption"]) for row in rows)}
+    return counted | ({"masks": masks} if masks else {})
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is another's mask: `rex.mask.png` is that of `rex.png` or `rex.jpg`."""
+    return path.name.lower().endswith(MASK)
+
+
+def _lonely(folder: Path) -> list[Path]:
+    """Masks of no picture."""
+    stems = {path.with_suffix("") for path in walk(folder) if path.suffix.lower() in SUFFIXES and not is_mask(path)}
+    return [path for path in walk(folder) if is_mask(path) and path.with_suffix("").with_suffix("") not in stems]
+
+
+def _mask(decoder: Decoder, path: Path, of: Inspected, config: SubjectFolder) -> tuple[bytes | None, str | None]:
+    """The stored mask of a picture, white where the subject is, or why it cannot be used; nothing where there is none."""
+    file = path.with_suffix(MASK)
+    if not file.exists():
+        return None, None
+    found = _inspected(decoder, file, config)
+    if found.reason is not None or found.image is None:
+        return None, f"its mask {file.name}: {found.reason}"
+    if (found.width, found.height) != (of.width, of.height):
+        sizes = f"{found.width}x{found.height} px, the picture {of.width}x{of.height}"
+        return None, f"its mask {file.name} has {sizes}; make them the same"
+    brightest = open_picture(found.image).convert("L").getextrema()[1]
+    if brightest == 0:
+        return None, f"its mask {file.name} is black everywhere; paint the subject white"
+    return found.image, None
 
 
 def _inspected(decoder: Decoder, path: Path, config: SubjectFolder) -> Inspected:

@@ -10,7 +10,7 @@ from data_curation.config import DataConfig
 from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
-from models.personalization.config import DreamBoothConfig, MixConfig
+from models.personalization.config import DreamBoothConfig, MixConfig, SweepConfig
 from models.posttraining.config import (
     DpoConfig,
     GrpoConfig,
@@ -133,6 +133,9 @@ class LifecycleConfig(Config):
         default=None, description="Stage they start from; null: the last of post-training"
     )
     mix: tuple[MixConfig, ...] = Field(default=(), description="Several subjects in one model")
+    sweep: tuple[SweepConfig, ...] = Field(
+        default=(), description="One subject with several ranks, lengths and weights"
+    )
     distill: tuple[DistillConfig, ...] = Field(default=(), description="Students")
     distill_from: str | None = Field(default=None, description="Their teacher's stage; null: the last of post-training")
     distill_pairs: tuple[PairStoreConfig, ...] = Field(
@@ -184,16 +187,12 @@ class LifecycleConfig(Config):
 
     @model_validator(mode="after")
     def _names_fit(self) -> LifecycleConfig:
-        twice = [name for name, count in Counter(self.checkpoints).items() if count > 1]
+        swept = (name for sweep in self.sweep for name in (sweep.name, *sweep.variant_names))
+        twice = [name for name, count in Counter((*self.checkpoints, *swept)).items() if count > 1]
         if twice:
             raise ValueError(f"stage name {twice[0]!r} is used twice; give every stage its own name")
         self._distillation_fits()
-        learnt = [stage.name for stage in self.personalize]
-        for mix in self.mix:
-            if unknown := sorted(set(mix.adapters) - set(learnt)):
-                raise ValueError(
-                    f"mix {mix.name!r} names {unknown}, which is no personalize stage; choose from {learnt}"
-                )
+        self._subjects_fit()
         taught = set(self.data.encode.teacher_resolutions)
         for stage in self.pretrain:
             if (
@@ -211,6 +210,22 @@ class LifecycleConfig(Config):
             if start is not None and start not in known:
                 raise ValueError(f"{field}={start!r} is no stage of pre- or post-training; choose one of {known}")
         return self
+
+    def _subjects_fit(self) -> None:
+        learnt = [stage.name for stage in self.personalize]
+        for mix in self.mix:
+            if unknown := sorted(set(mix.adapters) - set(learnt)):
+                raise ValueError(
+                    f"mix {mix.name!r} names {unknown}, which is no personalize stage; choose from {learnt}"
+                )
+            whole = [stage.name for stage in self.personalize if stage.lora is None and stage.name in mix.adapters]
+            if whole:
+                raise ValueError(f"mix {mix.name!r} names {whole}, which train all weights (lora: null); mix adapters")
+        for sweep in self.sweep:
+            if sweep.stage not in learnt:
+                raise ValueError(
+                    f"sweep {sweep.name!r} varies {sweep.stage!r}, which is no personalize stage; choose from {learnt}"
+                )
 
     def _distillation_fits(self) -> None:
         stores, before = [store.name for store in self.distill_pairs], set[str]()

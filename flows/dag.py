@@ -9,7 +9,7 @@ from data_curation.config import DataConfig, SubjectFolder
 from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
 from infra.stages import StageSpec
-from models.personalization.config import DreamBoothConfig
+from models.personalization.config import DreamBoothConfig, SweepConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
 from tasks.config import FeaturesConfig, ModelConfig
@@ -186,9 +186,25 @@ def personalization(config: LifecycleConfig) -> list[StageSpec]:
     for stage in config.personalize:
         specs += personalized(stage, config.pretrain[-1].sampling.side, config.seed, start)
     for mix in config.mix:
-        data = {"data": "encode"} if mix.method == "fused" else {}
-        specs.append(spec_of(mix.name, "mix", mix, init=start, **data, **{name: name for name in mix.adapters}))
+        data = {"data": "encode"} if mix.draws else {}
+        function = "distill_mix" if mix.method == "distilled" else "mix"
+        specs.append(spec_of(mix.name, function, mix, init=start, **data, **{name: name for name in mix.adapters}))
+    for sweep in config.sweep:
+        specs += swept(sweep, config, start)
     return specs
+
+
+def swept(sweep: SweepConfig, config: LifecycleConfig, start: str) -> list[StageSpec]:
+    """Adapters of one subject side by side, and their grid; the pictures of a folder are read once."""
+    stage = next(stage for stage in config.personalize if stage.name == sweep.stage)
+    pictures = {} if stage.folder is None else {"subject": f"{stage.name}-pictures"}
+    variants = sweep.variants(stage)
+    specs = [
+        spec_of(variant.name, "dreambooth", seeded(variant, config.seed), data="encode", init=start, **pictures)
+        for variant in variants
+    ]
+    inputs = {"judge": "judge", "init": start, **pictures, **{variant.name: variant.name for variant in variants}}
+    return [*specs, spec_of(sweep.name, "sweep_grid", sweep.grid(stage), **inputs)]
 
 
 def personalized(stage: DreamBoothConfig, side: int, seed: int, start: str) -> list[StageSpec]:

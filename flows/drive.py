@@ -19,6 +19,7 @@ from infra.embedded import prefect_server
 from infra.errors import ConfigError
 from infra.local_files import local_path
 from infra.storage import Store, open_store
+from models.networks.config import LoraConfig
 from models.personalization.config import DreamBoothConfig
 
 if TYPE_CHECKING:
@@ -75,10 +76,9 @@ def own_stage(config: LifecycleConfig, folder: Path, name: str, changes: Mapping
              "token": None, "class_word": name.replace("-", " ")}  # fmt: skip
     given = {key: value for key, value in changes.items() if value is not None}
     train = model.train.model_dump() | ({"steps": given.pop("steps")} if "steps" in given else {})
-    lora = model.lora.model_dump() | ({"rank": given.pop("rank")} if "rank" in given else {})
-    return parse(
-        DreamBoothConfig, model.model_dump() | fresh | given | {"train": train, "lora": lora}, f"subject {name}"
-    )
+    if "rank" in given:
+        given["lora"] = (model.lora or LoraConfig()).model_dump() | {"rank": given.pop("rank")}
+    return parse(DreamBoothConfig, model.model_dump() | fresh | given | {"train": train}, f"subject {name}")
 
 
 def made(record: Record, root: str) -> dict[str, str]:
@@ -90,9 +90,10 @@ def made(record: Record, root: str) -> dict[str, str]:
     assert learnt is not None  # the run has just made sure of both
     assert exported is not None
     folder, pipelines = store.local(learnt), store.local(exported)
-    return {
+    adapter = {"adapter": str(folder / "adapter")} if (folder / "adapter").is_dir() else {}
+    return adapter | {
         "run": str(record["run"]), "token": str(learnt.facts["token"]), "class": str(record["subject"]["class_word"]),
-        "adapter": str(folder / "adapter"), "checkpoint": str(folder), "grid": str(folder / "grid.png"),
+        "checkpoint": str(folder), "grid": str(folder / "grid.png"),
         "pipeline": str(next(path for path in pipelines.iterdir() if path.is_dir())),
     }  # fmt: skip
 

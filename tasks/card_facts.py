@@ -25,7 +25,9 @@ TECHNIQUES = {
     "refl": "ReFL",
     "dreambooth": "DreamBooth with LoRA",
     "mix": "mix of LoRA adapters",
+    "distill_mix": "distilled mix of LoRA adapters",
 }
+UNTRAINED = ("import_model", "mix", "distill_mix")  # make a checkpoint, and have no `train` of their own
 SETS = {"_full": "held-out, full vocabulary", "_long": "held-out, long wording"}
 
 
@@ -130,7 +132,7 @@ def _examples(store: Store, evaluation: Artifact, stage: str) -> tuple[list[str]
 def training(graph: Graph, artifact: Artifact) -> list[Trained]:
     """The training stages behind a checkpoint, first to last."""
     stages = [each for each in graph.ancestors(artifact) if "train" in each.facts.get("config", {})]
-    named = [each for each in graph.ancestors(artifact) if each.facts.get("function") in ("import_model", "mix")]
+    named = [each for each in graph.ancestors(artifact) if each.facts.get("function") in UNTRAINED]
     return [_trained(graph, each) for each in graph.ancestors(artifact) if each in (*stages, *named)]
 
 

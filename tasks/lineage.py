@@ -28,7 +28,10 @@ from infra.storage import Store
 STAMP = "t2i-lineage"  # key of the text chunk in PNG files that we draw
 TRAINING_SET = "training-set"
 # They take captions or text statistics from a training set, but no picture.
-PICTURELESS = ("dpo", "grpo", "nft", "dreambooth", "make_pairs", "teacher_pairs", "mix", "evaluate", "export", "report")
+PICTURELESS = (
+    "dpo", "grpo", "nft", "dreambooth", "make_pairs", "teacher_pairs", "mix", "distill_mix", "sweep_grid", "evaluate",
+    "export", "report",
+)  # fmt: skip
 URLS = ("row_id", "url", "sha256_raw", "licence", "domain", "caption_short")
 
 

@@ -1,7 +1,8 @@
-"""Stage function of DreamBooth-LoRA: pictures of a subject in, an adapter and a merged checkpoint out. SPMD."""
+"""Stage function of DreamBooth: pictures of a subject in, a checkpoint and, unless all weights are trained, an adapter out. SPMD."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
-from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
+from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
 from models.personalization.lora import add_lora, merge, save_forms, since
 from models.personalization.rare_token import find_tokens, rarest, refuse_token
 from models.sampling.generate import Generator, load_generator, sample_together
@@ -32,7 +33,7 @@ FOREIGN = 48  # other rare tokens in prior prompts
 
 
 def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
-    """Adapter of `init` that draws the subject when the token is in the prompt."""
+    """Adapter of `init`, or all of it, that draws the subject when the token is in the prompt."""
     refuse_distilled(ctx.inputs["init"], config.name)
     data = TrainingData(ctx.inputs["data"])
     token, found = token_of(config, ctx, data.set.captions)
@@ -44,12 +45,16 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         )
     subject = subject_of(config, ctx, token, card)
     instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
+    if subject.masks is not None:
+        instance = replace(instance, focus=focus_of(torch.from_numpy(subject.masks), config.unmasked_weight))
     prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
     denoiser, base = (
         families.load(ctx.inputs["init"] / "transformer", card, data.text_mean, data.text_std) for _ in range(2)
     )
-    add_lora(denoiser, config.lora, config.train.seed)
-    start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
+    start = None
+    if config.lora is not None:
+        add_lora(denoiser, config.lora, config.train.seed)
+        start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
     objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)
     slots = local_slots(config.train.batch_size)
     batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
@@ -58,15 +63,16 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     def model_of(trainer: Trainer) -> Denoiser:
         adapted = averaged(trainer, "denoiser", denoiser, "denoiser.")
         trained[:] = [adapted]
-        return merge(adapted)
+        return adapted if config.lora is None else merge(adapted)
 
     prompts = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
     facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts)
     if world()[0] == 0:
-        about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word}
-        adapter = lora_files.from_module(trained[0].transformer, about)
-        save_forms(adapter if start is None else since(adapter, start), ctx.out / "adapter", config.name)
-        show(subject, Generator(merge(trained[0]), card), load_generator(ctx.inputs["init"]), ctx)
+        if config.lora is not None:
+            about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word}
+            adapter = lora_files.from_module(trained[0].transformer, about)
+            save_forms(adapter if start is None else since(adapter, start), ctx.out / "adapter", config.name)
+        show(subject, load_generator(ctx.out), load_generator(ctx.inputs["init"]), ctx)
     return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
 
 

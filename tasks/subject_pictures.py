@@ -26,10 +26,11 @@ INSTANCE_SCENES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """Pictures uint8 [N, side, side, 3] and a caption for each."""
+    """Pictures uint8 [N, side, side, 3], a caption for each, and where the subject is (0 to 1), if any has a mask."""
 
     images: np.ndarray
     captions: list[str]
+    masks: np.ndarray | None = None  # float32 [N, side, side]; 1 everywhere in a picture without one
 
 
 def demo_subject(config: DreamBoothConfig, token: str, side: int) -> Subject:
@@ -39,7 +40,14 @@ def demo_subject(config: DreamBoothConfig, token: str, side: int) -> Subject:
             f"personalize subject {config.subject!r} is unknown; choose one of {sorted(demo.SUBJECT_OBJECTS)}, "
             "or a folder of pictures, written with a slash"
         )
-    places = [INSTANCE_SCENES[i % len(INSTANCE_SCENES)] for i in range(config.pictures)]
+    chosen = config.scenes or INSTANCE_SCENES
+    for layout, color in chosen:
+        if layout not in demo.SINGLE_LAYOUTS or color not in demo.BACKGROUNDS:
+            raise ConfigError(
+                f"{config.name}: there is no scene of one object {layout!r} on {color!r}; "
+                f"layouts are {', '.join(demo.SINGLE_LAYOUTS)}, backgrounds {', '.join(demo.BACKGROUNDS)}"
+            )
+    places = [chosen[i % len(chosen)] for i in range(config.pictures)]
     scenes = [demo.Scene(layout, (config.subject,), color) for layout, color in places]
     images = demo.draw_batch(scenes, side, seed=derive_seed(config.train.seed, "instance") % 2**31)
     phrase = f"{token} {config.class_word}"
@@ -66,5 +74,14 @@ def own_subject(
                 f"the caption of {row['name']} has {length} tokens, more than the model reads ({max_tokens}); shorten it"
             )
         captions.append(caption)
-    images = [ImageOps.fit(open_picture(row["image"]), (side, side), Image.Resampling.LANCZOS) for row in rows]
-    return Subject(np.stack([np.asarray(image) for image in images]), captions)
+    images = np.stack([_square(row["image"], side) for row in rows])
+    if not any(row.get("mask") for row in rows):
+        return Subject(images, captions)
+    whole = np.ones((side, side), np.float32)
+    masks = [_square(row["mask"], side).mean(2, dtype=np.float32) / 255 if row["mask"] else whole for row in rows]
+    return Subject(images, captions, np.stack(masks))
+
+
+def _square(stored: bytes, side: int) -> np.ndarray:
+    """The middle square of a stored picture, scaled, uint8 [side, side, 3]."""
+    return np.asarray(ImageOps.fit(open_picture(stored), (side, side), Image.Resampling.LANCZOS))

@@ -83,8 +83,10 @@ NetworkConfig: TypeAlias = Annotated[
 class LoraConfig(Config):
     """Low-rank adapters (arXiv:2106.09685) on the linear layers of every block."""
 
-    kind: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="LoRA; rsLoRA: scale alpha / sqrt(rank); DoRA: also learns the length of each row"
+    kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = Field(
+        default="lora",
+        description="LoRA; rsLoRA: scale alpha / sqrt(rank); DoRA: also learns the length of each row; LoHa, LoKr: elementwise "
+        "and Kronecker products of small matrices (arXiv:2309.14859)",
     )
     rank: int = Field(default=16, ge=1, description="Rank of each adapter")
     alpha: float | None = Field(default=None, gt=0, description="Numerator of the scale; null: the rank, scale 1")
@@ -109,4 +111,6 @@ class LoraConfig(Config):
             raise ValueError(
                 "lora.init=pissa changes the base, whose rows dora measures; set init to zero or kind to lora"
             )
+        if self.init != "zero" and self.kind in ("loha", "lokr"):
+            raise ValueError(f"lora.init={self.init} is for one pair of factors; set init to zero for kind={self.kind}")
         return self

@@ -19,19 +19,21 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from models.engine.distribute import sum_over_workers
+
 Moments = dict[str, Tensor]  # layer -> C [I, I], float64
 
 
 def second_moments(module: nn.Module, layers: Iterable[str], draw: Callable[[], object]) -> Moments:
-    """C of what the named linear layers read while `draw` runs."""
+    """C of what the named linear layers read while `draw` runs, over all workers."""
     sums: Moments = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Tensor] = {}
 
     def seen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + x.T @ x
-            counts[name] = counts.get(name, 0) + len(x)
+            counts[name] = counts.get(name, torch.zeros((), dtype=torch.float64)) + len(x)
 
         return hook
 
@@ -41,6 +43,8 @@ def second_moments(module: nn.Module, layers: Iterable[str], draw: Callable[[], 
     finally:
         for handle in handles:
             handle.remove()
+    for each in (*sums.values(), *counts.values()):
+        sum_over_workers(each)
     return {name: total / counts[name] for name, total in sums.items()}
 
 

@@ -2,7 +2,7 @@
 
 The scale is folded into B when a file is written, so that no loader can lose it. rsLoRA (arXiv:2312.03732), DoRA
 (arXiv:2402.09353) and PiSSA (arXiv:2404.02948) are peft's; PiSSA moves part of the base into the adapter, so what is
-saved is the difference to its start. PRX has no LoRA loader in diffusers; the adapter is a
+saved is the difference to its start. LoHa and LoKr (lycoris.py) go the same way. PRX has no LoRA loader in diffusers; the adapter is a
 peft folder (lora_files.py writes the other forms), and the merged weights are a stock transformer folder.
 """
 
@@ -31,10 +31,14 @@ def add_lora(denoiser: Denoiser, config: LoraConfig, seed: int) -> None:
         peft.inject_adapter_in_model(peft_settings(config), denoiser.transformer)
 
 
-def peft_settings(config: LoraConfig) -> peft.LoraConfig:
+def peft_settings(config: LoraConfig) -> peft.PeftConfig:
     """peft's own configuration; where only a rank differs, its alpha follows, so that the scale stays."""
     scale = 1.0 if config.alpha is None else config.alpha / config.rank
     alphas = {name: scale * rank for name, rank in config.rank_pattern.items()} | config.alpha_pattern
+    if config.kind in ("loha", "lokr"):
+        family = peft.LoHaConfig if config.kind == "loha" else peft.LoKrConfig
+        return family(r=config.rank, alpha=scale * config.rank, target_modules=list(config.targets),
+                      rank_pattern=dict(config.rank_pattern), alpha_pattern=alphas)  # fmt: skip
     init: bool | str = True if config.init == "zero" else config.init
     return peft.LoraConfig(
         r=config.rank, lora_alpha=scale * config.rank, target_modules=list(config.targets), init_lora_weights=init,
@@ -98,9 +102,10 @@ def save_adapter(denoiser: Denoiser, folder: Path, metadata: dict[str, str], sta
 
 
 def save_forms(adapter: Adapter, folder: Path, name: str, architecture: str = "prx") -> None:
-    """The three forms of an adapter in one folder: peft, diffusers, and NAME-kohya.safetensors."""
+    """The forms of an adapter in one folder: peft, diffusers (not of LoHa and LoKr), and NAME-kohya.safetensors."""
     lora_files.save_peft(adapter, folder)
-    lora_files.save_diffusers(adapter, folder)
+    if not adapter.products:
+        lora_files.save_diffusers(adapter, folder)
     prefix = "lora_transformer_" if architecture == "sd3" else "lora_unet_"  # what ComfyUI maps to each
     lora_files.save_kohya(adapter, folder / f"{name}-kohya.safetensors", architecture, prefix)
 

@@ -3,8 +3,9 @@
 A layer's change of weight is s B A (Hu et al. 2021, arXiv:2106.09685), s = alpha / r or alpha / sqrt(r) (rsLoRA,
 arXiv:2312.03732). DoRA (arXiv:2402.09353, eq. 5) gives each row of W + s B A the learned length m; kohya's key for m
 is `.dora_scale` [O, 1]. Loaders disagree on where alpha is written, and stock loaders skip keys they do not know; so s
-is folded into B (alpha = r in every form), and lora_import.py reads them strictly. Left out: LoRA on convolutions and
-text encoders, LoKr/LoHa; they are refused.
+is folded into B (alpha = r in every form), and lora_import.py reads them strictly. LoHa and LoKr
+(lycoris.py) keep their own matrices beside the LoRA that makes the same change. Left out: convolutions and text
+encoders; they are refused.
 
 I, O: a layer's inputs and outputs; R: rank.
 """
@@ -23,11 +24,16 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from models.personalization import lycoris
+from models.personalization.lycoris import Product, factored
+
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+ADAPTER_PART = re.compile(r"\.(lora|lokr|hada)_")
 KOHYA_PREFIXES = ("lora_transformer_", "lora_unet_")  # the first is what ComfyUI maps to diffusers' names of SD3 layers
 
 
@@ -38,6 +44,14 @@ class Adapter:
     layers: dict[str, tuple[Tensor, Tensor]]  # A [R, I], B [O, R]
     about: dict[str, str]
     magnitudes: dict[str, Tensor] = field(default_factory=dict)  # DoRA's m [O]; of every layer or of none
+    products: dict[str, Product] = field(
+        default_factory=dict
+    )  # LoHa's or LoKr's own matrices; of every layer or of none
+
+    @classmethod
+    def of_products(cls, products: dict[str, Product], about: dict[str, str]) -> Adapter:
+        """A LoHa or LoKr with the LoRA of the same changes."""
+        return cls({name: factored(each) for name, each in products.items()}, about, products=products)
 
     def change(self, layer: str, weight: Tensor) -> Tensor:
         """What the adapter adds to the base's weight [O, I] of a layer."""
@@ -63,7 +77,7 @@ class Adapter:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether peft layers are on it."""
-    return any(isinstance(layer, LoraLayer) for layer in module.modules())
+    return any(isinstance(layer, LoraLayer | LycorisLayer) for layer in module.modules())
 
 
 def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -74,12 +88,14 @@ def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 def stock_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights and buffers of a module under their stock names, the adapters left out."""
-    state = {n: t.detach() for n, t in module.state_dict().items() if ".lora_" not in n}
+    state = {n: t.detach() for n, t in module.state_dict().items() if not ADAPTER_PART.search(n)}
     return {name.replace(".base_layer.", "."): value for name, value in state.items()}
 
 
 def from_module(module: nn.Module, about: dict[str, str], name: str = "default") -> Adapter:
     """A copy of the adapter `name` of a module; float32, because small values of B vanish in half precision."""
+    if products := lycoris.from_module(module, name):
+        return Adapter.of_products(products, about)
     layers, magnitudes = {}, {}
     for path, layer in module.named_modules():
         if not isinstance(layer, LoraLayer) or name not in layer.r:
@@ -101,12 +117,15 @@ def save_peft(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PEFT_FILE).write_bytes(_bytes(_named(adapter, "base_model.model."), _about(adapter)))
     fixed = {"peft_type": "LORA", "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
-    settings = adapter.settings(list(adapter.ranks)) | fixed
+    plain = adapter.settings(list(adapter.ranks)) | fixed
+    settings = lycoris.settings(adapter.products) if adapter.products else plain
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
 def save_diffusers(adapter: Adapter, folder: Path) -> Path:
     """Write pytorch_lora_weights.safetensors for `pipeline.load_lora_weights(folder)`."""
+    if adapter.products:
+        raise ValueError("diffusers loads no LoHa and no LoKr; save peft's or kohya's form, or merge the adapter")
     settings = {f"transformer.{key}": value for key, value in adapter.settings(list(adapter.ranks)).items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)} | _about(adapter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,14 +140,19 @@ def save_kohya(adapter: Adapter, path: Path, architecture: str, prefix: str = KO
         key = prefix + name.replace(".", "_")
         if f"{key}.alpha" in tensors:
             raise ValueError(f"{key}: two layers share this kohya name; save the diffusers form instead")
+        product = adapter.products.get(name)
+        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0] if product is None else product.rank))
+        if product is not None:
+            tensors |= {f"{key}.{part}": value for part, value in product.parts.items()}
+            continue
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
-        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
         if name in adapter.magnitudes:
             tensors[f"{key}.dora_scale"] = adapter.magnitudes[name].unsqueeze(1)
-    ranks = set(adapter.ranks.values())
+    ranks = {each.rank for each in adapter.products.values()} or set(adapter.ranks.values())
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    network = "lycoris.kohya" if adapter.products else "networks.lora"
     header = {
-        "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim,
+        "format": "pt", "ss_network_module": network, "ss_network_dim": dim, "ss_network_alpha": dim,
         "ss_base_model_version": architecture, "ss_output_name": path.stem,
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers", "modelspec.title": path.stem,
@@ -159,6 +183,8 @@ def attach(module: nn.Module, adapter: Adapter, name: str = "default") -> None:
 
 
 def _named(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
+    if adapter.products:
+        return {f"{prefix}{n}.{part}": t for n, each in adapter.products.items() for part, t in each.parts.items()}
     parts = {
         f"{n}.lora_{half}.weight": t for n, pair in adapter.layers.items() for half, t in zip("AB", pair, strict=True)
     }

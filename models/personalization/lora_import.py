@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from models.personalization import lycoris
 from models.personalization.lora_files import DIFFUSERS_FILE, KOHYA_PREFIXES, PEFT_FILE, Adapter, attach, linear_sides
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PEFT_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "m"}
 KOHYA_PARTS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha", ".dora_scale": "m"}
+PRODUCT_PARTS = {f".{part}": part for sets in lycoris.PARTS.values() for names in sets for part in sorted(names)}
+PRODUCT_KOHYA = PRODUCT_PARTS | {".alpha": "alpha"}
 
 Form = Literal["peft", "diffusers", "kohya"]
 logger = logging.getLogger(__name__)
@@ -48,16 +52,20 @@ def read(path: Path, module: nn.Module, base: str | None = None) -> Adapter:
     about = _json(file, "t2i", header.get("t2i", "{}"))
     _compare_base(file, about.get("base"), base)
     form = _form(file, tensors)
+    suffixes = _suffixes(form, tensors)
     sides = linear_sides(module)
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}  # layer -> A, B or alpha -> key, tensor
     for key, value in sorted(tensors.items()):
-        layer, part = _place(file, key, form, sides)
+        layer, part = _place(file, key, form, sides, suffixes)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{file}: {key} has NaN or infinite values; the training broke, train again")
         if part in parts.setdefault(layer, {}):
             raise ValueError(f"{file}: {key} and {parts[layer][part][0]} are the same part of {layer}; keep one")
         parts[layer][part] = (key, value)
     settings = _settings(file, form, header)
+    if suffixes is PRODUCT_PARTS or suffixes is PRODUCT_KOHYA:
+        products = {layer: _product(file, layer, found, sides[layer], settings) for layer, found in parts.items()}
+        return Adapter.of_products(products, about)
     layers = {layer: _layer(file, layer, found, sides[layer], settings) for layer, found in parts.items()}
     magnitudes = _magnitudes(file, parts, sides, settings)
     if not magnitudes and not any(bool(b.any()) for _, b in layers.values()):
@@ -108,13 +116,7 @@ def _layer(
                 f"{file}: {key} has shape {tuple(value.shape)}, not {want}, for {layer} of {sides[1]} inputs and "
                 f"{sides[0]} outputs; it is an adapter of another base"
             )
-    if "alpha" in found:
-        key, alpha = found["alpha"]
-        if alpha.numel() != 1 or float(alpha) <= 0:
-            raise ValueError(f"{file}: {key} is {alpha.flatten()[:4].tolist()}, not one number > 0; export it again")
-        scale = float(alpha) / rank
-    else:
-        scale = _scale(file, key_a, layer, rank, settings)
+    scale = _alpha(file, *found["alpha"]) / rank if "alpha" in found else _scale(file, key_a, layer, rank, settings)
     return a.float(), b.float() if scale == 1 else scale * b.float()
 
 
@@ -128,7 +130,7 @@ def _scale(file: Path, key: str, layer: str, rank: int, settings: dict[str, Any]
     said = ranks.get(get_pattern_key(ranks.keys(), layer), settings.get("r"))
     if said != rank:
         raise ValueError(f"{file}: {key} has rank {rank}, its settings say {said}; file and settings do not belong")
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), settings.get("lora_alpha"))
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), settings.get("lora_alpha", settings.get("alpha")))
     if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(f"{file}: lora_alpha of {key} is {alpha!r}, not a number > 0; correct its settings")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -166,12 +168,55 @@ def _form(file: Path, tensors: dict[str, Tensor]) -> Form:
     return "kohya" if any(key.startswith(KOHYA_PREFIXES) for key in tensors) else "diffusers"
 
 
-def _place(file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]]) -> tuple[str, str]:
+def _suffixes(form: Form, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """How keys may end, and which part that is: of LoRA, or of LoHa and LoKr if no key ends as LoRA's (diffusers has none)."""
+    plain = KOHYA_PARTS if form == "kohya" else PEFT_PARTS
+    own = tuple(suffix for suffix in plain if suffix != ".alpha")
+    if form == "diffusers" or any(key.endswith(own) for key in tensors):
+        return plain
+    return PRODUCT_KOHYA if form == "kohya" else PRODUCT_PARTS
+
+
+def _product(
+    file: Path, layer: str, found: dict[str, tuple[str, Tensor]], sides: tuple[int, int], said: dict[str, Any]
+) -> lycoris.Product:
+    """A layer's LoHa or LoKr with its scale folded in; a whole W_2 has no rank, so kohya's alpha means nothing there."""
+    parts = {name: value.float() for name, (_, value) in found.items() if name != "alpha"}
+    low = next((int(value.shape[-1]) for name, value in sorted(parts.items()) if name.endswith("_a")), None)
+    ranks = said.get("rank_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), layer), said.get("r", low or 1))
+    try:
+        product = lycoris.checked(layer, lycoris.Product(lycoris.kind_of(layer, set(parts)), rank, parts), sides)
+    except ValueError as broken:
+        raise ValueError(f"{file}: {broken}") from broken
+    if said and str(said.get("peft_type")).lower() != product.kind:
+        raise ValueError(
+            f"{file}: {layer} is a {product.kind}, its settings say {said.get('peft_type')}; export it again"
+        )
+    scale = 1.0
+    if said:
+        scale = _scale(file, layer, layer, low or rank, said)
+    elif low is not None and "alpha" in found:
+        scale = _alpha(file, *found["alpha"]) / low
+    parts[lycoris.SCALED[product.kind]] *= scale
+    return product
+
+
+def _alpha(file: Path, key: str, alpha: Tensor) -> float:
+    """kohya's numerator of the scale."""
+    if alpha.numel() != 1 or float(alpha) <= 0:
+        raise ValueError(f"{file}: {key} is {alpha.flatten()[:4].tolist()}, not one number > 0; export it again")
+    return float(alpha)
+
+
+def _place(
+    file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]], suffixes: dict[str, str]
+) -> tuple[str, str]:
     """The layer a key belongs to and which part of it: A, B or alpha."""
-    suffixes = KOHYA_PARTS if form == "kohya" else PEFT_PARTS
     suffix = next((s for s in suffixes if key.endswith(s)), None)
     if suffix is None:
-        raise ValueError(f"{file}: {key} is no part of a LoRA or DoRA ({', '.join(suffixes)}); it would be lost")
+        what = "LoRA or DoRA" if "A" in suffixes.values() else "LoHa or LoKr"
+        raise ValueError(f"{file}: {key} is no part of a {what} ({', '.join(suffixes)}); it would be lost")
     stem = key.removesuffix(suffix)
     match form:
         case "kohya":

@@ -78,14 +78,19 @@ def mix(
                 mixed[layer] = ties(stack, density)
             case "dare":
                 mixed[layer] = added(dare(changes, layer, density, seed))
-            case "fused":
+            case "fused" | "distilled":
                 if fit is None:
-                    raise ValueError("method fused needs the inputs of the layers; give fit")
+                    raise ValueError(f"method {method} needs the inputs of the layers; give fit")
                 mixed[layer] = fit(layer, changes)
             case _:
                 assert_never(method)
+    return compared(mixed, total)
+
+
+def compared(mixed: Changes, total: Changes) -> Mix:
+    """Mixed changes and their distance to the sum of the same layers."""
     errors = {layer: distance([mixed[layer]], [total[layer]]) for layer in total}
-    return Mix(mixed, distance(list(mixed.values()), list(total.values())), errors)
+    return Mix(mixed, distance([mixed[layer] for layer in total], list(total.values())), errors)
 
 
 def weighted_changes(parts: Mapping[str, Part], base: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -154,9 +159,10 @@ def concatenated(parts: Mapping[str, Part], about: dict[str, str]) -> Adapter:
     return Adapter(layers, about)
 
 
-def reduced(changes: Changes, rank: int, about: dict[str, str]) -> Adapter:
-    """The best LoRA of one rank for mixed changes."""
-    return Adapter({layer: factors(change, min(rank, *change.shape)) for layer, change in changes.items()}, about)
+def reduced(changes: Changes, rank: int | Mapping[str, int], about: dict[str, str]) -> Adapter:
+    """The best LoRA of one rank, or of one for each layer, for mixed changes."""
+    ranks = dict.fromkeys(changes, rank) if isinstance(rank, int) else rank
+    return Adapter({n: factors(change, min(ranks[n], *change.shape)) for n, change in changes.items()}, about)
 
 
 def set_strengths(module: nn.Module, parts: Mapping[str, Part]) -> None:

@@ -79,8 +79,7 @@ class FlowMatching:
         scale = baselines.input_scale(t, self.objective)
         given = x_t if scale is None else x_t * baselines.column(scale)
         output, hidden = self.denoiser(given, t, batch.tokens, batch.mask, layer, route=route)
-        eps, clamp = batch.extra["eps"], self.denoiser.t_clamp
-        error = baselines.error(output, batch.images, eps, t, self.objective, clamp)
+        error = self.error(output, batch)
         parts = {"flow": error.detach().mean()}
         total = error
         if align is not None and hidden is not None:
@@ -91,6 +90,11 @@ class FlowMatching:
         if batch.weight is not None:
             total = total * batch.weight
         return Loss(total.mean(), parts, self._by_time(error.detach(), t))
+
+    def error(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss of each sample [B] of what the network made of x_t [B, C, H, W]."""
+        eps, t, clamp = batch.extra["eps"], batch.extra["t"], self.denoiser.t_clamp
+        return baselines.error(output, batch.images, eps, t, self.objective, clamp)
 
     def _alignment(self, step: int) -> Alignment | None:
         if self.repa is None or not self.repa.active(step) or not phase_at(self.phases, step).repa:

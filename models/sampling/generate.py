@@ -115,13 +115,15 @@ class Generator:
         return np.concatenate(pictures)
 
 
-def sample_together(generator: Generator, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+def sample_together(
+    generator: Generator, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None
+) -> np.ndarray:
     """As `Generator.sample` with the card's settings, each worker drawing every n-th batch; all get all, to the same bits."""
     (rank, workers), side = world(), generator.card.side
     pictures = torch.zeros((len(prompts), side, side, 3), dtype=torch.uint8)
     for start in range(rank * BATCH, len(prompts), workers * BATCH):
         part = slice(start, start + BATCH)
-        pictures[part] = torch.from_numpy(generator.sample(prompts[part], seeds[part]))
+        pictures[part] = torch.from_numpy(generator.sample(prompts[part], seeds[part], steps=steps))
     sum_over_workers(pictures)
     return pictures.numpy()
 

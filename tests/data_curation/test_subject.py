@@ -104,3 +104,26 @@ def test_every_unusable_picture_is_named_with_its_reason(folder, tmp_path) -> No
 def test_a_file_too_large_is_not_read(folder, tmp_path) -> None:
     with pytest.raises(DataRefused, match="a.png: [0-9]+ bytes, more than max_bytes=1000"):
         read(SubjectFolder(path=folder, max_bytes=1000), tmp_path / "out")
+
+
+def test_a_mask_beside_a_picture_is_stored_with_it(folder, tmp_path) -> None:
+    mask = Image.new("L", (60, 48))
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save(folder / "b.mask.png")
+    facts, rows = read(SubjectFolder(path=folder), tmp_path / "out")
+    assert facts == {"pictures": 3, "captions": 1, "masks": 1}
+    assert [row["mask"] is not None for row in rows] == [False, True, False]
+    assert np.array_equal(np.asarray(open_picture(rows[1]["mask"]))[..., 0], np.asarray(mask))
+
+
+def test_every_unusable_mask_is_named_with_its_reason(folder, tmp_path) -> None:
+    Image.new("L", (48, 60), 255).save(folder / "a.mask.png")
+    Image.new("L", (60, 48)).save(folder / "b.mask.png")
+    (folder / "more" / "c.mask.png").write_bytes(b"no picture")
+    Image.new("L", (60, 48), 255).save(folder / "z.mask.png")
+    with pytest.raises(DataRefused) as refused:
+        read(SubjectFolder(path=folder), tmp_path / "out")
+    for part in ("a.png: its mask a.mask.png has 48x60 px, the picture 60x48; make them the same",
+                 "b.jpg: its mask b.mask.png is black everywhere", "more/c.webp: its mask c.mask.png: not_image",
+                 "z.mask.png: no picture of that name beside it"):  # fmt: skip
+        assert part in str(refused.value)

@@ -142,6 +142,35 @@ def test_a_folder_of_pictures_is_a_stage_before_the_subject_and_part_of_its_key(
     assert specs()["dreambooth-robot-pictures"].versioned != before["dreambooth-robot-pictures"].versioned
 
 
+def test_a_distilled_mix_trains_on_the_workers_and_reads_captions():
+    mixed = "mix=[{name: both, adapters: {dreambooth-robot: 0.5}, method: distilled}]"
+    specs = {spec.name: spec for spec in stage_specs(parse(LifecycleConfig, load_yaml(SMOKE, [mixed]), ""))}
+    assert (specs["both"].function, specs["both"].runs) == ("distill_mix", "train")
+    assert specs["both"].inputs == {"init": "dpo", "data": "encode", "dreambooth-robot": "dreambooth-robot"}
+
+
+def test_a_mix_of_what_has_no_adapter_is_refused():
+    overrides = ["mix=[{name: both, adapters: {dreambooth-robot: 0.5}}]", "personalize.0.lora=null"]
+    with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which train all weights"):
+        parse(LifecycleConfig, load_yaml(SMOKE, overrides), "")
+
+
+def test_a_sweep_is_stages_side_by_side_and_their_grid(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    sweep = "sweep=[{name: s, stage: dreambooth-robot, ranks: [1, 2], steps: [2, 3], weights: [0.5, 1]}]"
+    overrides = [sweep, f"personalize.0.subject={tmp_path}"]
+    config = parse(LifecycleConfig, load_yaml(SMOKE, overrides), "")
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    names = ["s-r1-s2", "s-r1-s3", "s-r2-s2", "s-r2-s3"]
+    for name in names:
+        assert specs[name].inputs == {"data": "encode", "init": "dpo", "subject": "dreambooth-robot-pictures"}
+        assert f"s-r{specs[name].config['lora']['rank']}-s{specs[name].config['train']['steps']}" == name
+    assert set(specs["s"].inputs.values()) == {*names, "judge", "dpo", "dreambooth-robot-pictures"}
+    assert not set(names) & set(specs["evaluate"].inputs)
+    with pytest.raises(ConfigError, match="sweep 's' varies 'sft', which is no personalize stage"):
+        parse(LifecycleConfig, load_yaml(SMOKE, ["sweep=[{name: s, stage: sft}]"]), "")
+
+
 def test_a_subject_of_ones_own_takes_the_settings_of_the_runs_first(tmp_path):
     config = parse(LifecycleConfig, load_yaml(SMOKE), SMOKE)
     stage = own_stage(config, tmp_path, "my-dog", {"class_word": "dog", "token": None, "steps": 7, "rank": 3})

@@ -17,6 +17,7 @@ from models.networks.config import LoraConfig
 from models.networks.denoiser import Denoiser
 from models.personalization.dreambooth import DreamBooth
 from models.personalization.lora import add_lora
+from models.personalization.mix_distillation import MixDistillation
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, ReflConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
 from models.posttraining.diffusion_nft import DiffusionNft
@@ -54,11 +55,19 @@ ADAPTERS = {
     "dora": dreambooth(kind="dora"),
     "patterns": dreambooth(rank_pattern={"to_out.0": 2}, alpha_pattern={"up_proj": 8.0}),
     "pissa": dreambooth(init="pissa"),
+    "loha": dreambooth(kind="loha"),
+    "lokr": dreambooth(kind="lokr"),
 }
 
 
 def dpo(tiny: Callable[[int], Denoiser]) -> Objective:
     return DiffusionDpo(tiny(0), tiny(0), DpoConfig())
+
+
+def mix(tiny: Callable[[int], Denoiser]) -> Objective:
+    denoiser = tiny(0)
+    add_lora(denoiser, LoraConfig(rank=4), 0)
+    return MixDistillation(denoiser, TimestepConfig(), [tiny(0), tiny(3)], NULL, 2.0)
 
 
 SHARP = (Weighted(Sharpness()),)
@@ -121,14 +130,21 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "make",
-    [flow, dpo, *ADAPTERS.values(), *ONLINES.values(), *STUDENTS.values()],
-    ids=["flow", "dpo", *ADAPTERS, *ONLINES, *STUDENTS],
+    [flow, dpo, mix, *ADAPTERS.values(), *ONLINES.values(), *STUDENTS.values()],
+    ids=["flow", "dpo", "mix", *ADAPTERS, *ONLINES, *STUDENTS],
 )
 def test_resuming_twice_gives_the_same_bits(make, tiny, batches, tmp_path: Path) -> None:
     def with_noise(step: int) -> Batch:
         batch = batches(step)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(step))
-        beside = {"real": batch.images, "real_tokens": batch.tokens, "real_mask": batch.mask}
+        taught = torch.tensor([slot % 2 for slot in batch.slots])
+        beside = {
+            "teacher": taught,
+            "empty": taught == 2,
+            "real": batch.images,
+            "real_tokens": batch.tokens,
+            "real_mask": batch.mask,
+        }
         return replace(batch, extra={**batch.extra, **beside, "noise": noise})
 
     straight = train(make(tiny), with_noise, CONFIG, tmp_path / "straight")

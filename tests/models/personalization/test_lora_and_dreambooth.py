@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models.engine.randomness import Randomness
 from models.networks.config import LoraConfig
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
-from models.personalization.dreambooth import DreamBooth, Pictures, mixed_batches
+from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
 from models.personalization.lora import add_lora, load_adapter, merge, save_adapter
 from models.pretraining.config import TimestepConfig
 from models.pretraining.flow_matching import FlowMatching
@@ -69,6 +70,8 @@ FAMILY = {
     "patterns": {"alpha": 8.0, "rank_pattern": {"to_out.0": 2}, "alpha_pattern": {"up_proj": 3.0}},
     "gaussian": {"init": "gaussian"},
     "pissa": {"init": "pissa"},
+    "loha": {"kind": "loha", "alpha": 8.0},
+    "lokr": {"kind": "lokr"},
 }
 
 
@@ -122,7 +125,7 @@ def test_patterns_that_do_not_fit_are_errors(settings, message, tiny) -> None:
         ({"rank_pattern": {"up_proj": 0}}, "lora.rank_pattern.up_proj=0 is not above 0"),
         ({"alpha_pattern": {"up_proj": -1.0}}, "lora.alpha_pattern.up_proj=-1.0 is not above 0"),
         ({"init": "pissa", "kind": "dora"}, "lora.init=pissa changes the base, whose rows dora measures"),
-        ({"kind": "lokr"}, "lokr"),
+        ({"kind": "oft"}, "oft"),
     ],
 )
 def test_settings_without_meaning_are_errors(settings, message) -> None:
@@ -195,6 +198,33 @@ def test_the_loss_is_instance_plus_weight_times_prior(reference, tiny) -> None:
     assert of_prior > 1e-3
     for weight in (0.0, 0.25, 3.0):
         assert loss(weight) == pytest.approx(of_instance + weight * of_prior, abs=1e-6, rel=1e-6)
+
+
+def test_masks_weigh_the_pixels_of_the_subject_and_leave_the_class_alone(tiny) -> None:
+    """The loss of each row is mean(w e), w in the ratio 1 : unmasked with mean 1; without masks and with white ones mean(e)."""
+    generator, slots = torch.Generator().manual_seed(6), tuple(range(4))
+    masks = (torch.rand(3, 8, 8, generator=generator) > 0.6).float()
+    focus = focus_of(masks, 0.25)
+    torch.testing.assert_close(focus.mean((1, 2)), torch.ones(3))
+    inside, outside = focus[0][masks[0] == 1], focus[0][masks[0] == 0]
+    assert float(inside[0] / outside[0]) == pytest.approx(4.0)
+    own = Pictures(torch.rand(3, 3, 8, 8, generator=generator), torch.randn(3, 2, 16, generator=generator),
+                   torch.ones(3, 2).bool())  # fmt: skip
+    objective = DreamBooth(tiny(0), TimestepConfig(), None)
+
+    def errors(pictures: Pictures):
+        batch = objective.prepare(mixed_batches(pictures, own, 1.0, slots, 0)(0), Randomness(0, 0, slots))
+        output = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(7))
+        return objective.error(output, batch), output, batch
+
+    found, output, batch = errors(replace(own, focus=focus))
+    each = ((output - batch.images) / batch.extra["t"].clamp_min(0.05).view(-1, 1, 1, 1)).square()
+    weights = batch.extra["focus"]
+    torch.testing.assert_close(found, (weights.unsqueeze(1) * each).mean((1, 2, 3)))
+    assert bool((weights[batch.extra["prior"]] == 1).all())
+    assert float((weights[~batch.extra["prior"]] - 1).abs().max()) > 0.5
+    plain = errors(own)[0]
+    torch.testing.assert_close(errors(replace(own, focus=focus_of(torch.ones(3, 8, 8), 0.25)))[0], plain)
 
 
 def class_gradient(objective: DreamBooth, batch) -> float:
