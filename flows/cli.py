@@ -45,7 +45,7 @@ def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None
 
     config = read_config(preset, set_, root)
     rows = make_plan(stage_specs(config), open_store(config.run.root), force or ())
-    _say_plan(rows)
+    _say_plan(rows, config.run)
     record = _interruptible(lambda: run_lifecycle(config, rows, force or [], _display()), config.run.root, as_json)
     _finish(record, as_json)
 
@@ -63,7 +63,7 @@ def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = Non
     if as_json:
         say(json.dumps([row.model_dump(mode="json", exclude={"artifact"}) for row in rows]))
     else:
-        say("\n".join(plan_lines(rows)))
+        say("\n".join(plan_lines(rows, config.run)))
 
 
 @app.command()
@@ -187,10 +187,10 @@ def _display() -> Any:
     return LiveDisplay() if sys.stderr.isatty() else LineDisplay()
 
 
-def _say_plan(rows: Any) -> None:
+def _say_plan(rows: Any, run: Any) -> None:
     from flows.display import plan_lines
 
-    sys.stderr.write("\n".join(plan_lines(rows)) + "\n")
+    sys.stderr.write("\n".join(plan_lines(rows, run)) + "\n")
 
 
 def _interruptible(work: Any, root: str, as_json: bool) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -98,6 +99,18 @@ class PosttrainConfig(Config):
         return self
 
 
+class StageResources(Config):
+    """What one stage runs on in place of the run's own resources; null: as the run."""
+
+    num_workers: int | None = Field(default=None, ge=1, le=4096, description="Training processes, one per device")
+    threads_per_worker: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of each")
+    device: Literal["auto", "cpu", "cuda"] | None = Field(
+        default=None, description="auto takes CUDA where there is one"
+    )
+    image: str | None = Field(default=None, description="Container image of its job")
+    hourly_price: float | None = Field(default=None, ge=0, description="What a worker costs an hour")
+
+
 class RunConfig(Config):
     """Where a run keeps its results and what it runs on; none of it changes results."""
 
@@ -105,9 +118,28 @@ class RunConfig(Config):
     resources: Resources = Field(
         default=Resources(), description="Processes and devices", json_schema_extra=UNVERSIONED
     )
+    per_stage: dict[str, StageResources] = Field(
+        default={}, description="Stages that run on something else, with launcher rayjob", json_schema_extra=UNVERSIONED
+    )
     min_free_gb: float = Field(
         default=1.0, ge=0, description="Refuse to start with less free disk", json_schema_extra=UNVERSIONED
     )
+
+    def resources_of(self, stage: str) -> Resources:
+        """What a stage runs on."""
+        own = self.per_stage.get(stage)
+        return self.resources if own is None else self.resources.model_copy(update=own.model_dump(exclude_none=True))
+
+    @model_validator(mode="after")
+    def _jobs_only(self) -> RunConfig:
+        own = next(iter(self.per_stage), None)
+        if self.resources.launcher != "rayjob" and (own is not None or self.resources.image is not None):
+            what = f"per_stage.{own}" if own is not None else "resources.image"
+            raise ValueError(
+                f"run.{what} is for stages that are Ray jobs; with launcher={self.resources.launcher} all share one group of "
+                "workers, set launcher to rayjob or leave it out"
+            )
+        return self
 
 
 class LifecycleConfig(Config):

@@ -8,6 +8,7 @@ from typing import TypeVar, assert_never
 from data_curation.config import DataConfig, SubjectFolder
 from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
+from infra.errors import ConfigError
 from infra.stages import StageSpec
 from models.personalization.config import DreamBoothConfig, SweepConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
@@ -15,13 +16,23 @@ from tasks.catalog import spec_of
 from tasks.config import FeaturesConfig, ModelConfig
 
 C = TypeVar("C", bound=Config)
+CANDIDATE = "nightly"  # the stage that a night trains
 SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_folder"}
 
 
 def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
     """Curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
-    if config.model is not None:
-        return on_model(config, config.model)
+    specs = from_scratch(config) if config.model is None else on_model(config, config.model)
+    known = {*(spec.name for spec in specs), CANDIDATE}
+    if unknown := sorted(set(config.run.per_stage) - known):
+        raise ConfigError(
+            f"run.per_stage names {unknown[0]!r}, which is no stage; the stages are {', '.join(sorted(known))}"
+        )
+    return specs
+
+
+def from_scratch(config: LifecycleConfig) -> list[StageSpec]:
+    """The whole life of a model of one's own."""
     return [
         *curation(config.data),
         spec_of("judge", "train_judge", config.judge),

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TextIO
 
-from flows.plan import PlanRow, estimate
+from flows.config import RunConfig
+from flows.plan import PlanRow, cost, estimate
 from flows.run import Display, LogDisplay
 
 LINE_SECONDS = 10.0
@@ -105,8 +106,8 @@ class LiveDisplay(LineDisplay):
         self.console.print(text, markup=False)
 
 
-def plan_lines(rows: Sequence[PlanRow]) -> list[str]:
-    """The plan as a table, and its time."""
+def plan_lines(rows: Sequence[PlanRow], run: RunConfig | None = None) -> list[str]:
+    """The plan as a table, its time, and with a price its cost."""
     width = max(len(row.stage) for row in rows)
     lines = []
     for row in rows:
@@ -115,8 +116,10 @@ def plan_lines(rows: Sequence[PlanRow]) -> list[str]:
     seconds, unknown = estimate(rows)
     todo = sum(row.state != "HIT" for row in rows)
     more = f", {unknown} never timed" if unknown else ""
+    price = None if run is None else cost(rows, run)
+    asks = "" if price is None else f", {price:.2f} to pay"
     lines.append(
-        f"{todo} of {len(rows)} stages to run" + (f", about {clock(seconds)}{more}{_room(rows)}" if todo else "")
+        f"{todo} of {len(rows)} stages to run" + (f", about {clock(seconds)}{more}{_room(rows)}{asks}" if todo else "")
     )
     return lines
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_curation.filter_config import RememberConfig
 from flows.config import LifecycleConfig
-from flows.dag import curation, seeded, training_set
+from flows.dag import CANDIDATE, curation, seeded, training_set
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Record, Run
 from flows.shown import PrefectDisplay, show
@@ -30,7 +30,7 @@ from tasks.config import EvaluateConfig, FeaturesConfig, GateConfig, PromptSetCo
 from tasks.promote import PromoteConfig
 
 Beside = dict[str, tuple[Artifact, ...]]
-CURRENT, CANDIDATE, SEEN = "current", "nightly", "seen"
+CURRENT, SEEN = "current", "seen"
 
 
 @flow(name="nightly", flow_run_name="nightly of {config.name}", persist_result=False)

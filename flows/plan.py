@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from flows.config import RunConfig
 from infra.artifacts import Artifact
 from infra.config import Config
 from infra.errors import ArtifactCorrupted, ConfigError
@@ -138,6 +139,16 @@ def refuse_unknown(specs: Sequence[StageSpec], names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"there is no stage {name!r}; the stages are {', '.join(known)}")
+
+
+def cost(rows: Sequence[PlanRow], run: RunConfig) -> float | None:
+    """Price of the stages to run, by the time they took last and what their workers cost; None without a price."""
+    found = []
+    for row in rows:
+        on = run.resources_of(row.stage)
+        if row.state != "HIT" and on.hourly_price is not None:
+            found.append((row.seconds or 0.0) / 3600 * on.num_workers * on.hourly_price)
+    return sum(found) if found else None
 
 
 def estimate(rows: Sequence[PlanRow]) -> tuple[float, int]:

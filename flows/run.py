@@ -139,7 +139,7 @@ class Run:
 
         def body() -> Record:
             artifact, _ = materialise(
-                spec, store, self.artifacts, self.config.resources, self.launcher,
+                spec, store, self.artifacts, self.config.resources_of(spec.name), self.launcher,
                 force=spec.name in self.force or row.damaged, report=lambda *told: self._progress(store, *told),
             )  # fmt: skip
             return artifact.model_dump(mode="json")

@@ -42,6 +42,14 @@ class Resources(Config):
     ray_address: str | None = Field(
         default=None, description="address of a running Ray; empty starts a local one", json_schema_extra=UNVERSIONED
     )
+    image: str | None = Field(
+        default=None, description="rayjob: container image of the job and its workers (Ray's image_uri); empty: the node's",
+        json_schema_extra=UNVERSIONED,
+    )  # fmt: skip
+    hourly_price: float | None = Field(
+        default=None, ge=0, description="what a worker costs an hour, in any currency; the plan says what that comes to",
+        json_schema_extra=UNVERSIONED,
+    )  # fmt: skip
 
 
 class StageSpec(Config):

@@ -98,7 +98,7 @@ class RayJobLauncher:
             started: str = self.client.submit_job(
                 entrypoint="python -m tasks.worker",
                 submission_id=submission,
-                runtime_env={"env_vars": variables},
+                runtime_env={"env_vars": variables} | ({"image_uri": image} if (image := job.resources.image) else {}),
                 metadata={"stage": job.spec.name, "key": job.key, "root": job.root},
                 entrypoint_num_cpus=0,  # it only waits; the workers it starts ask for what they need
             )

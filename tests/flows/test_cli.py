@@ -12,10 +12,8 @@ import yaml
 
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
-from flows.display import LineDisplay, clock, plan_lines
 from flows.drive import own_stage
 from flows.personalize import own_specs
-from flows.plan import PlanRow
 from infra.config import load_yaml, parse
 from infra.errors import ConfigError
 from infra.stages import stage_key
@@ -212,27 +210,6 @@ def test_every_listed_function_can_be_imported_and_takes_its_configuration():
         function = stage_function(name)
         if name in specs:
             assert function.config.model_validate(specs[name].config).model_dump(mode="json") == specs[name].config
-
-
-def test_lines_say_where_and_how_long(capsys):
-    display = LineDisplay(sys.stdout)
-    display.stage(2, 9, PlanRow(stage="sft", state="RUN", reason="train.steps 5 -> 6", seconds=61))
-    display.progress("sft", 2, 6, {"loss": 0.5})
-    display.next = 0.0
-    display.progress("sft", 3, 6, {"loss": 0.25})
-    display.done({"name": "sft", "status": "ran", "seconds": 4.0, "digest": "abc"})
-    first, start, second, third = capsys.readouterr().out.splitlines()
-    assert first == "[2/9] sft: starts (train.steps 5 -> 6, took 1:01 last time)"
-    assert start == "[2/9] sft: 2/6, loss 0.5"
-    assert second.startswith("[2/9] sft: 3/6, ")
-    assert second.endswith("left, loss 0.25")
-    assert third == "[2/9] sft: ran in 4 s abc"
-    assert clock(3723) == "1:02:03"
-    rows = [
-        PlanRow(stage="a", state="HIT", reason="made before"),
-        PlanRow(stage="bb", state="RUN", reason="not made yet"),
-    ]
-    assert plan_lines(rows)[-1] == "1 of 2 stages to run, about 0 s, 1 never timed"
 
 
 def listening(pid):

@@ -46,7 +46,7 @@ class Head:
                     head.stopped, head.state = True, "STOPPED"
                     return self.answer({"stopped": True})
                 job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                head.later[job["submission_id"]] = "RUNNING"
+                head.later[job["submission_id"]], head.runtime_env = "RUNNING", job["runtime_env"]
                 return self.answer({"job_id": job["submission_id"], "submission_id": job["submission_id"]})
 
             def answer(self, body, status=200):
@@ -168,6 +168,7 @@ def test_the_job_s_log_is_passed_on_once_and_keeps_its_levels(head, job, tmp_pat
 
 
 def test_a_job_that_was_lost_goes_on_in_a_new_one(head, job, tmp_path):
+    job = job.model_copy(update={"resources": Resources(launcher="rayjob", image="registry.example/t2i:2")})
     _, thread, came = launched(head, job)
     head.state = "FAILED"  # and its log tells no error: the process was killed, or its node is gone
     until = time.monotonic() + 10
@@ -178,6 +179,7 @@ def test_a_job_that_was_lost_goes_on_in_a_new_one(head, job, tmp_path):
     head.later[name] = "SUCCEEDED"
     thread.join(20)
     assert name.endswith("-1")
+    assert head.runtime_env["image_uri"] == "registry.example/t2i:2"
     assert came[0].digest == made.digest
 
 
