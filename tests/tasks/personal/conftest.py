@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,3 +103,15 @@ def pictures_of(places) -> Callable[..., Path]:
 def learn(places) -> Callable[..., tuple[dict, Path]]:
     """Learn a subject; facts and the folder of the result."""
     return partial(_learn, places)
+
+
+@pytest.fixture
+def captions() -> list[str]:
+    """The training set's."""
+    return CAPTIONS
+
+
+@pytest.fixture
+def short() -> dict[str, Any]:
+    """Settings of a DreamBooth of two steps."""
+    return SHORT

@@ -16,13 +16,6 @@ from tasks.export import export_adapter
 from tasks.personalize import class_prompts, dreambooth
 from tasks.subject_pictures import own_subject
 
-CAPTIONS = ["", "a big apple on a blue background", "two cats side by side on a white background"]
-SHORT = {
-    "class_word": "toy", "class_pictures": 4, "lora": {"rank": 2},
-    "train": {"steps": 2, "batch_size": 4, "ema_gamma": 0.0,
-              "optimizer": {"muon_lr": None, "adamw_lr": 0.05, "warmup_steps": 0}},
-}  # fmt: skip
-
 
 def test_a_folder_becomes_an_adapter_in_three_forms_a_checkpoint_and_a_grid(places, pictures_of, learn) -> None:
     facts, out = learn("dreambooth-toy", pictures_of())
@@ -85,12 +78,12 @@ def test_learning_twice_gives_the_same_bytes(places, pictures_of, learn) -> None
     assert [n for n in names if n.name != "metrics.jsonl" and (one / n).read_bytes() != (two / n).read_bytes()] == []
 
 
-def test_a_mask_goes_with_its_picture_to_the_side_of_the_model(places, pictures_of, learn) -> None:
+def test_a_mask_goes_with_its_picture_to_the_side_of_the_model(places, pictures_of, learn, short) -> None:
     mask = Image.new("L", Image.open(places["own"] / "1.png").size)
     mask.paste(255, (0, 0, mask.width, mask.height // 2))
     mask.save(places["own"] / "1.mask.png")
     pictures = pictures_of()
-    config = DreamBoothConfig.model_validate({**SHORT, "subject": f"{places['own']}/"})
+    config = DreamBoothConfig.model_validate({**short, "subject": f"{places['own']}/"})
     subject = own_subject(config, pictures, "zwx", 32, text_encoder.modules()[1], 64)
     assert subject.masks is not None
     assert [float(each.mean()) for each in subject.masks] == pytest.approx([1, 0.5, 1, 1], abs=0.01)
@@ -115,7 +108,7 @@ def test_captions_must_name_the_subject_and_fit(places, pictures_of, learn) -> N
         learn("b", pictures_of("longer"))
 
 
-def test_settings_that_cannot_work_are_errors(places, context) -> None:
+def test_settings_that_cannot_work_are_errors(places, context, short) -> None:
     for settings, message in (
         ({"subject": "/no/where/"}, "subject folder /no/where does not exist"),
         ({"class_word": "  "}, "class_word is blank"),
@@ -123,32 +116,32 @@ def test_settings_that_cannot_work_are_errors(places, context) -> None:
         ({"templates": ["a dog"]}, "template 'a dog' lacks {subject}"),
     ):
         with pytest.raises(ValueError, match=message):
-            DreamBoothConfig.model_validate({**SHORT, **settings})
+            DreamBoothConfig.model_validate({**short, **settings})
     ctx = context("c", init=places["init"], data=places["data"])
     with pytest.raises(ConfigError, match="'unicorn' is unknown; choose one of .*octopus.*, or a folder"):
-        dreambooth(DreamBoothConfig.model_validate({**SHORT, "subject": "unicorn"}), ctx)
+        dreambooth(DreamBoothConfig.model_validate({**short, "subject": "unicorn"}), ctx)
     with pytest.raises(ConfigError, match="no scene of one object 'beside' on 'white'; layouts are big, top left"):
-        dreambooth(DreamBoothConfig.model_validate({**SHORT, "subject": "robot", "scenes": [["beside", "white"]]}), ctx)
+        dreambooth(DreamBoothConfig.model_validate({**short, "subject": "robot", "scenes": [["beside", "white"]]}), ctx)
 
 
-def test_tokens_that_split_are_common_or_in_use_are_refused_with_a_proposal() -> None:
+def test_tokens_that_split_are_common_or_in_use_are_refused_with_a_proposal(captions) -> None:
     tokenizer = text_encoder.modules()[1]
-    best = next(iter(rarest(tokenizer, CAPTIONS, "toy", 1)))
-    for token, captions, message in (
-        ("zwx", CAPTIONS, rf"'zwx' splits into 3 pieces, z ##w ##x; take {best}, "),
-        ("dog", CAPTIONS, "'dog' is common: number 3899 of a vocabulary of 30522"),
+    best = next(iter(rarest(tokenizer, captions, "toy", 1)))
+    for token, known, message in (
+        ("zwx", captions, rf"'zwx' splits into 3 pieces, z ##w ##x; take {best}, "),
+        ("dog", captions, "'dog' is common: number 3899 of a vocabulary of 30522"),
         (best, [f"an old {best}."], f"'{best}' is in captions the model was trained on"),
-        ("☃☃", CAPTIONS, "splits into|is unknown to the tokenizer"),
+        ("☃☃", captions, "splits into|is unknown to the tokenizer"),
     ):
         with pytest.raises(ConfigError, match=message):
-            refuse_token(token, tokenizer, captions, "toy")
-    refuse_token(best, tokenizer, CAPTIONS, "toy")
+            refuse_token(token, tokenizer, known, "toy")
+    refuse_token(best, tokenizer, captions, "toy")
 
 
-def test_found_tokens_are_single_rare_unused_and_ranked_by_response(places) -> None:
+def test_found_tokens_are_single_rare_unused_and_ranked_by_response(places, captions) -> None:
     tokenizer, generator = text_encoder.modules()[1], load_generator(places["init"])
-    taken = list(rarest(tokenizer, CAPTIONS, "toy", 2))
-    found = find_tokens(generator, tokenizer, [*CAPTIONS, f"a {taken[0]}"], "toy", count=6)
+    taken = list(rarest(tokenizer, captions, "toy", 2))
+    found = find_tokens(generator, tokenizer, [*captions, f"a {taken[0]}"], "toy", count=6)
     assert len(found) == 6
     assert taken[0] not in {each.token for each in found}
     assert all(tokenizer.tokenize(each.token) == [each.token] for each in found)
@@ -157,17 +150,17 @@ def test_found_tokens_are_single_rare_unused_and_ranked_by_response(places) -> N
 
 
 @pytest.mark.parametrize("subject", ["robot", "./own/"])
-def test_prior_prompts_name_other_tokens_in_their_share_and_never_the_subjects(subject) -> None:
+def test_prior_prompts_name_other_tokens_in_their_share_and_never_the_subjects(subject, captions) -> None:
     settings = {"subject": subject, "fingerprint": "known", "class_word": "toy", "foreign_share": 0.25}
-    others = set(rarest(text_encoder.modules()[1], CAPTIONS, "toy", 48))
+    others = set(rarest(text_encoder.modules()[1], captions, "toy", 48))
     own = sorted(others)[0]
-    prompts = class_prompts(DreamBoothConfig.model_validate(settings), CAPTIONS, own, 400)
+    prompts = class_prompts(DreamBoothConfig.model_validate(settings), captions, own, 400)
     words = [set(prompt.split()) for prompt in prompts]
     assert not any(own in each for each in words)
     assert np.mean([bool(each & others) for each in words]) == pytest.approx(0.25, abs=0.08)
     assert all("{" not in prompt for prompt in prompts)
-    plain = class_prompts(DreamBoothConfig.model_validate(settings | {"foreign_share": 0.0}), CAPTIONS, own, 400)
+    plain = class_prompts(DreamBoothConfig.model_validate(settings | {"foreign_share": 0.0}), captions, own, 400)
     assert not any(set(prompt.split()) & others for prompt in plain)
     assert plain != prompts
     if subject != "robot":
-        assert set(plain) <= {*CAPTIONS[1:], "a toy", "a big toy", "a picture of a toy", "one toy"}
+        assert set(plain) <= {*captions[1:], "a toy", "a big toy", "a picture of a toy", "one toy"}

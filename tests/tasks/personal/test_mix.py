@@ -23,22 +23,17 @@ from tasks.mix import mix
 from tasks.personalize import dreambooth
 from tasks.subject_sweep import sweep_grid
 
-CAPTIONS = ["", "a big apple on a blue background", "two cats side by side on a white background"]
-SHORT = {
-    "class_word": "toy", "class_pictures": 4, "lora": {"rank": 2},
-    "train": {"steps": 2, "batch_size": 4, "ema_gamma": 0.0,
-              "optimizer": {"muon_lr": None, "adamw_lr": 0.05, "warmup_steps": 0}},
-}  # fmt: skip
 
-
-def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(places, context, pictures_of, learn) -> None:
+def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(
+    places, context, pictures_of, learn, captions, short
+) -> None:
     subject = pictures_of()
-    outs = {name: learn(name, subject, train={**SHORT["train"], "seed": i})[1] for i, name in enumerate(("one", "two"))}
+    outs = {name: learn(name, subject, train={**short["train"], "seed": i})[1] for i, name in enumerate(("one", "two"))}
     inputs = {"init": places["init"], **outs}
     with pytest.raises(ConfigError, match="one and two have the same token"):
         mix(MixConfig(adapters={"one": 1.0, "two": 0.5}), context("clash", **inputs))
-    tokens = list(rarest(text_encoder.modules()[1], CAPTIONS, "toy", 40))
-    _, outs["two"] = learn("three", subject, token=tokens[-1], train={**SHORT["train"], "seed": 1})
+    tokens = list(rarest(text_encoder.modules()[1], captions, "toy", 40))
+    _, outs["two"] = learn("three", subject, token=tokens[-1], train={**short["train"], "seed": 1})
     ctx = context("both", **{**inputs, **outs})
     facts = mix(MixConfig(adapters={"one": 1.0, "two": 0.5}), ctx)
     assert facts["error"] == 0
@@ -92,10 +87,10 @@ def guesses(folder: Path, prompt: str) -> torch.Tensor:
 
 
 @pytest.fixture
-def two(places, pictures_of, learn) -> dict[str, Path]:
+def two(places, pictures_of, learn, captions, short) -> dict[str, Path]:
     """Two adapters with tokens of their own and their base."""
-    subject, tokens = pictures_of(), list(rarest(text_encoder.modules()[1], CAPTIONS, "toy", 9))
-    train = {**SHORT["train"], "steps": 6}
+    subject, tokens = pictures_of(), list(rarest(text_encoder.modules()[1], captions, "toy", 9))
+    train = {**short["train"], "steps": 6}
     outs = {
         name: learn(name, subject, token=tokens[i], train={**train, "seed": i})[1]
         for i, name in enumerate(("one", "two"))
@@ -156,10 +151,12 @@ def judge(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["folder", "demo subject"])
-def test_a_sweep_scores_every_adapter_at_every_weight_and_draws_them(own, places, judge, context, pictures_of) -> None:
+def test_a_sweep_scores_every_adapter_at_every_weight_and_draws_them(
+    own, places, judge, context, pictures_of, short
+) -> None:
     sweep = SweepConfig(name="s", stage="toy", ranks=(1, 2), steps=(3,), weights=(0.0, 1.0), prompts=4, ordinary=4)
     subject = f"{places['own']}/" if own else "robot"
-    stage = DreamBoothConfig.model_validate({**SHORT, "name": "toy", "subject": subject, "pictures": 2})
+    stage = DreamBoothConfig.model_validate({**short, "name": "toy", "subject": subject, "pictures": 2})
     given = {"subject": pictures_of()} if own else {}
     outs = {}
     for variant in sweep.variants(stage):
