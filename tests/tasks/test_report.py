@@ -17,6 +17,7 @@ from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from tasks.config import ReportConfig
 from tasks.headline import columns_of, headline
 from tasks.report import curves_picture, report
+from tasks.report_data import data_part
 from tasks.report_parts import curve
 from tasks.report_tables import cell, comparison_rows, funnel_rows, guard_rows
 
@@ -81,6 +82,27 @@ def test_page_is_inert_self_contained_and_escaped(context: StageContext) -> None
     for part in ("near_duplicate", "http_404", "the kept picture it copies", "missed", "OpenMoji", "CC BY-SA 4.0",
                  "loss 1 → 0.125", "floor 0.500", "grid of pretrain", "2 of 2 planted"):  # fmt: skip
         assert part in page, part
+
+
+def test_the_data_part_shows_what_was_kept_and_what_came_nearest_to_a_limit(context: StageContext) -> None:
+    rows = [row(name, "keep", [], blur=blur, buckets=["32:32x32", "40:40x40"] if wide else ["32:32x32"])
+            for name, blur, wide in (("a", 0.1, True), ("d", 0.49, True), ("e", 0.45, False))]  # fmt: skip
+    write_manifest(
+        [*rows, row("b", "drop", ["near_duplicate"], keeper_id="a", dup_distance=7)], context.inputs["buckets"]
+    )
+    quality = Artifact(kind="x", uri="file:///q/key", digest="q", stage="quality",
+                       facts={"config": {"max_blur": 0.5, "max_border": None}})  # fmt: skip
+    found = data_part(
+        ReportConfig(dropped_examples=2), replace(context, parents={**context.parents, "quality": quality})
+    )
+    assert [(group.name, group.about) for group in found.borderline] == [("blurred", "blur against a limit of 0.5")]
+    assert [example.note for example in found.borderline[0].examples] == ["blur 0.49", "blur 0.45"]
+    assert [example.note for example in found.refused[0].examples] == ["distance 7"]
+    assert found.refused[0].examples[0].keeper is not None
+    assert len(found.kept) == 2
+    assert [(bucket.name, bucket.count, round(bucket.share, 2)) for bucket in found.buckets] == [
+        ("32 px: 32x32", 3, 1.0), ("40 px: 40x40", 2, 0.67),
+    ]  # fmt: skip
 
 
 def test_comparison_shows_every_row_and_who_passed(context: StageContext, tmp_path: Path) -> None:
