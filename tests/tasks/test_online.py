@@ -103,7 +103,7 @@ def test_a_group_is_neighbouring_slots_and_an_epoch_asks_every_prompt_once() -> 
 
 
 def test_the_split_follows_the_prompt() -> None:
-    parts = [part_of(f"prompt {i}", 0.4, 0) for i in range(2000)]
+    parts = [part_of(f"prompt {i}", 0.4, 0.25, 0) for i in range(2000)]
     assert parts.count("train") / 2000 == pytest.approx(0.6, abs=0.04)
-    assert parts.count("report") / 2000 == pytest.approx(0.2, abs=0.03)
-    assert part_of("prompt 5", 0.4, 0) == parts[5]
+    assert parts.count("report") / 2000 == pytest.approx(0.3, abs=0.03)
+    assert part_of("prompt 5", 0.4, 0.25, 0) == parts[5]
