@@ -28,6 +28,7 @@ from tasks.training_data import TrainingData, to_model
 
 MAX_TOKENS = 64
 CHUNK = 64  # pictures or captions at a time
+LONG_CAPTIONS = 0.3  # share of the captioned pictures
 PARTS = ("train", "calibrate", "report")
 
 
@@ -42,6 +43,7 @@ class Pairs:
     part: np.ndarray  # [N] of train, calibrate, report
     turned: np.ndarray  # [N], whether the label is not the stored one
     kept: np.ndarray  # [N], probability with which it is
+    strength: np.ndarray  # [N], of the stored preference
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def open_pairs(config: RewardModelConfig, ctx: StageContext) -> Pairs:
     for name in PARTS:
         if not (part == name).any():
             raise DataRefused(f"pairs: no pair of {len(distinct)} prompts fell in {name!r}; make more pairs")
-    return Pairs(winner, loser, text_of(distinct)[rows], rows, part, turned, kept)
+    return Pairs(winner, loser, text_of(distinct)[rows], rows, part, turned, kept, pairs.strength)
 
 
 def open_curated(config: RewardModelConfig, ctx: StageContext) -> Curated:
@@ -129,7 +131,7 @@ def batches_of(pairs: Pairs, curated: Curated | None, config: RewardModelConfig)
         extra = {"winner": pairs.winner[rows], "loser": pairs.loser[rows], "prompt": pairs.prompt[rows]}
         if curated is not None:
             ids = shuffled(seed, "curated order", len(curated.pictures), places)
-            long = Randomness(seed, step, slots).uniform("long captions") < config.long_captions
+            long = Randomness(seed, step, slots).uniform("long captions") < LONG_CAPTIONS
             asked = torch.where(long, curated.long[ids], curated.short[ids])
             extra |= {"curated": curated.pictures[ids], "captions": curated.text[asked], "caption": curated.short[ids]}
         return Batch(text, text, torch.ones(size, 1, dtype=torch.bool), slots, extra=extra)
@@ -169,10 +171,12 @@ def measured(pairs: Pairs, margins: np.ndarray) -> dict[str, Any]:
     parts = {name: pairs.part == name for name in PARTS}
     report = parts["report"]
     right, stored = margins[report] > 0, (margins > 0)[report] != pairs.turned[report]
+    strong = pairs.strength[report] >= np.median(pairs.strength[report])
     at, limit = temperature(margins[parts["calibrate"]]), float(np.maximum(pairs.kept, 1 - pairs.kept)[report].mean())
     return {
         "pairs": {name: int(rows.sum()) for name, rows in parts.items()}, "temperature": at,
         "accuracy": wilson(right), "accuracy_training": float((margins[parts["train"]] > 0).mean()),
-        "accuracy_before_noise": wilson(stored), "bayes_limit": limit, "share_of_limit": float(right.mean()) / limit,
+        "accuracy_before_noise": {"all": wilson(stored), "stronger half": wilson(stored[strong])},
+        "bayes_limit": limit, "share_of_limit": float(right.mean()) / limit,
         "calibration_error": calibration_error(margins[report], at),
     }  # fmt: skip

@@ -226,7 +226,7 @@ class ReflConfig(OnlineConfig):
 
 
 class RewardModelConfig(Config):
-    """Bradley-Terry reward model, taught by captioned pictures and by preferences in the same steps."""
+    """Bradley-Terry reward model, taught by captioned pictures first and then by preferences beside them."""
 
     name: str = Field(default="reward-model", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
     train: TrainConfig = TrainConfig(
@@ -238,21 +238,12 @@ class RewardModelConfig(Config):
     )
     width: int = Field(default=16, ge=8, multiple_of=8, description="Channels of the first convolution")
     features: int = Field(default=128, ge=1, description="Features that picture and prompt are compared by")
-    alignment: float = Field(
-        default=1.0,
-        ge=0,
-        description="Weight of what captioned pictures of the training set teach; 0: preferences alone",
-    )
-    alone: float = Field(
-        default=0.25, ge=0, lt=1, description="Share of the steps that they teach alone, before preferences"
-    )
-    long_captions: float = Field(default=0.3, ge=0, le=1, description="Share of them with the long caption")
-    validation: float = Field(default=0.3, gt=0, lt=1, description="Share of the prompts that are not trained on")
-    calibration: float = Field(default=0.25, gt=0, lt=1, description="Share of these that fits the temperature")
+    alignment: float = Field(default=1.0, ge=0, description="Weight of captioned pictures; 0: preferences alone")
+    alone: float = Field(default=0.4, ge=0, lt=1, description="Share of the steps that they teach before preferences")
+    validation: float = Field(default=0.4, gt=0, lt=1, description="Share of the prompts that are not trained on")
+    calibration: float = Field(default=0.1, gt=0, lt=1, description="Share of these that fits the temperature")
     label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")
-    label_scale: float | None = Field(
-        default=None, gt=0, description="Planted noise: labels drawn with sigmoid(strength / this); null: as stored"
-    )
+    label_scale: float | None = Field(default=None, gt=0, description="Labels drawn with sigmoid(strength / this)")
 
 
 class PromptCheckConfig(Config):

@@ -66,14 +66,11 @@ class Scorer(nn.Module):
                 nn.AdaptiveAvgPool2d(PLACES), nn.Flatten(),
                 nn.Linear(4 * width * PLACES**2, features), nn.LayerNorm(features), nn.SiLU(),
             )  # fmt: skip
-            self.text = nn.Sequential(
-                nn.Linear(text_dim, 2 * features), nn.SiLU(), nn.Linear(2 * features, features, bias=False)
-            )
-            self.alone = nn.Linear(features, 1)
+            read, wanted = nn.Linear(text_dim, 2 * features), nn.Linear(2 * features, features, bias=False)
+            self.text, self.alone = nn.Sequential(read, nn.SiLU(), wanted), nn.Linear(features, 1)
         self.scale = nn.Parameter(torch.tensor(STARTING_SCALE).log())
-        for last in (self.text[-1], self.alone):
-            nn.init.zeros_(last.weight)
-        nn.init.zeros_(self.alone.bias)
+        for last in (wanted.weight, self.alone.weight, self.alone.bias):
+            nn.init.zeros_(last)
 
     def standardise(self, text: torch.Tensor) -> None:
         """Take each text feature's mean and deviation from training data [N, D]."""

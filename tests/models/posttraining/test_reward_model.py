@@ -50,10 +50,10 @@ def test_a_planted_utility_is_recovered_within_the_bayes_limit_of_its_noise(tmp_
     winner, loser = torch.where(swap, first, second), torch.where(swap, second, first)
 
     def batches(step: int) -> Batch:
-        rows = torch.randint(N, (64,), generator=torch.Generator().manual_seed(step))
+        rows = torch.randint(N, (48,), generator=torch.Generator().manual_seed(step))
         return pair_batch(winner[rows], loser[rows], text[rows])
 
-    config = TrainConfig(steps=150, batch_size=64, log_every=50, checkpoint_every=150, optimizer=OPTIMIZER, ema_gamma=6)
+    config = TrainConfig(steps=120, batch_size=48, log_every=40, checkpoint_every=120, optimizer=OPTIMIZER, ema_gamma=6)
     scorer = scorer_of()
     scorer.standardise(text)
     trainer = train(BradleyTerry(scorer), batches, config, tmp_path)
