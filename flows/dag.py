@@ -139,8 +139,8 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
-        config_of = seeded(post.reward_model, seed)
-        specs.append(spec_of(post.reward_model.name, "reward_model", config_of, pairs=pairs, data=start["data"]))
+        taught = {"pairs": pairs, "data": start["data"]}
+        specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), **taught))
     for stage in post.online:
         specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **rewards(stage, post)))
     if post.dpo is not None:
