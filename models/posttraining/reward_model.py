@@ -117,7 +117,7 @@ class BradleyTerry:
         return ("scorer",)
 
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
-        """Small changes to all pictures, alike for both of a pair or not; curated ones also spoilt."""
+        """Whether preferences count yet; with alignment small changes to every picture, and curated ones spoilt."""
         batch = replace(batch, weight=torch.full((len(batch.slots),), float(rng.step >= self.after)))
         if not self.alignment:
             return batch
