@@ -64,7 +64,7 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
     reward = {} if post.reward_model is None else {"reward": post.reward_model.name}
     if post.reward_model is not None:
         name = post.reward_model.name
-        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
+        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=pairs, **data))
     for branch in post.online:
         specs.append(spec_of(branch.name, online_function(branch), seeded(branch, seed), **start, **reward))
     if post.dpo is not None:
@@ -150,7 +150,8 @@ def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
-        specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs))
+        taught = {"pairs": pairs, "data": start["data"]}
+        specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), **taught))
     for stage in post.online:
         specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **rewards(stage, post)))
     if post.dpo is not None:

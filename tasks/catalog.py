@@ -59,7 +59,7 @@ TRAITS: dict[str, Traits] = {
     "make_pairs": Traits("pairs", "models.posttraining.config:PairsConfig", "tasks.preference:make_pairs", version=2),
     "import_pairs": Traits("pairs", "models.posttraining.config:ImportPairsConfig", "tasks.preference:import_pairs"),
     "dpo": Traits("checkpoint", "models.posttraining.config:DpoConfig", "tasks.preference:dpo", runs="train", version=2),
-    "reward_model": Traits("reward", "models.posttraining.config:RewardModelConfig", "tasks.reward_model:reward_model"),
+    "reward_model": Traits("reward", "models.posttraining.config:RewardModelConfig", "tasks.reward_model:reward_model", version=2),
     "grpo": Traits("checkpoint", "models.posttraining.config:GrpoConfig", "tasks.online:grpo", runs="train"),
     "nft": Traits("checkpoint", "models.posttraining.config:NftConfig", "tasks.online:nft", runs="train"),
     "refl": Traits("checkpoint", "models.posttraining.config:ReflConfig", "tasks.online:refl", runs="train"),

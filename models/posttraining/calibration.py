@@ -30,3 +30,13 @@ def calibration_error(margins: np.ndarray, at: float) -> float:
 def bayes_accuracy(utility_gaps: np.ndarray) -> float:
     """Best possible agreement with labels drawn as Bernoulli(sigmoid(u_w - u_l)): E[sigmoid(|gap|)]."""
     return float((1 / (1 + np.exp(-np.abs(utility_gaps)))).mean())
+
+
+def kept_probability(strengths: np.ndarray, noise: float, scale: float | None) -> np.ndarray:
+    """P(a label stays) [N] where order is drawn with sigmoid(strength / scale) (None: kept), then turned with P `noise`.
+
+    The mean of max(p, 1 - p) is the planted noise's Bayes limit, the best possible agreement.
+    """
+    drawn = np.ones(len(strengths)) if scale is None else 1 / (1 + np.exp(-strengths / scale))
+    kept: np.ndarray = drawn * (1 - noise) + (1 - drawn) * noise
+    return kept

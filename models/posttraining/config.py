@@ -226,16 +226,24 @@ class ReflConfig(OnlineConfig):
 
 
 class RewardModelConfig(Config):
-    """Bradley-Terry reward model on frozen image and text features."""
+    """Bradley-Terry reward model, taught by captioned pictures first and then by preferences beside them."""
 
     name: str = Field(default="reward-model", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
     train: TrainConfig = TrainConfig(
-        steps=300, batch_size=64, ema_gamma=6.0, log_every=20,
-        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=2e-3, weight_decay=0.05, warmup_steps=10),
+        steps=800, batch_size=64, ema_gamma=6.0, log_every=20,
+        optimizer=OptimizerConfig(muon_lr=None, adamw_lr=3e-3, weight_decay=0.05, warmup_steps=20),
     )  # fmt: skip
-    width: int = Field(default=128, ge=1, description="Width of the projections of picture and text")
-    validation: float = Field(default=0.2, gt=0, lt=1, description="Share of the prompts kept for calibration")
+    side: int = Field(
+        default=32, ge=16, multiple_of=8, description="Pictures are averaged down to squares of this side"
+    )
+    width: int = Field(default=16, ge=8, multiple_of=8, description="Channels of the first convolution")
+    features: int = Field(default=128, ge=1, description="Features that picture and prompt are compared by")
+    alignment: float = Field(default=1.0, ge=0, description="Weight of captioned pictures; 0: preferences alone")
+    alone: float = Field(default=0.4, ge=0, lt=1, description="Share of the steps that they teach before preferences")
+    validation: float = Field(default=0.4, gt=0, lt=1, description="Share of the prompts that are not trained on")
+    calibration: float = Field(default=0.1, gt=0, lt=1, description="Share of these that fits the temperature")
     label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")
+    label_scale: float | None = Field(default=None, gt=0, description="Labels drawn with sigmoid(strength / this)")
 
 
 class PromptCheckConfig(Config):

@@ -22,7 +22,7 @@ SMALL = {
     "posttrain.sft.train": TRAIN, "posttrain.dpo.train": TRAIN, "posttrain.grpo.train": TRAIN,
     "posttrain.sft.lora.rank": 2, "posttrain.dpo.lora.rank": 2, "posttrain.grpo.lora.rank": 2,
     "posttrain.pairs": {"source": "data", "prompts": 20, "steps": 2, "guidance": 2.0},
-    "posttrain.reward_model": {"validation": 0.5, "train": {"steps": 4, "batch_size": 4, "log_every": 2, "checkpoint_every": 2}},
+    "posttrain.reward_model": {"validation": 0.5, "calibration": 0.5, "train": {"steps": 4, "batch_size": 4, "log_every": 2, "checkpoint_every": 2}},
     "posttrain.grpo.prompts": {"count": 8, "side": 16}, "posttrain.grpo.group": 2, "posttrain.grpo.steps": 3,
     "posttrain.grpo.window": 1,
 }  # fmt: skip

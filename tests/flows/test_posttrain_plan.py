@@ -48,6 +48,7 @@ def test_the_reward_model_reaches_whom_it_rewards() -> None:
     config = lifecycle("posttrain-all.yaml", "posttrain.grpo.rewards=[{kind: model}, {kind: judge, weight: 0.5}]")
     specs = {spec.name: spec for spec in stage_specs(config)}
     assert specs["grpo"].inputs["reward"] == "reward-model"
+    assert specs["reward-model"].inputs == {"pairs": "pairs", "data": "encode"}
     assert "reward" not in specs["nft"].inputs
     with pytest.raises(ValueError, match="set posttrain.reward_model"):
         PosttrainConfig.model_validate({"grpo": {"rewards": [{"kind": "model"}]}})

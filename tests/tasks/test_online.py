@@ -1,6 +1,7 @@
 """The online stages on a random denoiser and an untrained judge: that they run, write, resume and refuse."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.posttraining.config import DpoConfig, GrpoConfig, NftConfig, PairsConfig, ReflConfig, RewardModelConfig
 from tasks.online import Prompts, grpo, nft, prompt_batches, published, refl
 from tasks.preference import dpo, make_pairs
-from tasks.reward_model import part_of, reward_model
+from tasks.reward_model import open_curated, part_of, reward_model
 
 TRAIN = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 1}
 SMALL = {"train": TRAIN, "prompts": {"count": 6}, "steps": 2, "guard": {"every": 1, "prompts": 1, "seeds": 2}}
@@ -55,6 +56,16 @@ def test_pairs_train_a_guarded_dpo_and_a_reward_model(inputs, context, tmp_path)
     trained = context("reward", with_pairs, tmp_path)
     facts = reward_model(RewardModelConfig.model_validate({"train": TRAIN, "validation": 0.5}), trained)
     assert sum(facts["pairs"].values()) <= 60
+    assert facts["bayes_limit"] == 1
+    assert facts["accuracy"] == facts["accuracy_before_noise"]["all"]
+    noisy = RewardModelConfig.model_validate(
+        {"train": TRAIN, "validation": 0.5, "alignment": 0, "label_scale": 0.1, "label_noise": 0.1}
+    )
+    plain = reward_model(
+        noisy, context("plain", {"pairs": pairs.out}, tmp_path)
+    )  # preferences alone ask for no training set
+    assert 0.5 < plain["bayes_limit"] < 0.9
+    assert plain["share_of_limit"] == pytest.approx(plain["accuracy"]["value"] / plain["bayes_limit"], abs=1e-3)
     rewarded = {**SMALL, "group": 2, "window": 1, "rewards": [{"kind": "model"}, {"kind": "sharpness", "weight": 0.5}]}
     ctx = context("rewarded", {**inputs, "reward": trained.out}, tmp_path)
     last = grpo(GrpoConfig.model_validate(rewarded), ctx)["last"]
@@ -73,6 +84,16 @@ def test_ties_are_refused(inputs, context, tmp_path) -> None:
     pq.write_table(table.set_column(column, "strength", pa.array(values)), pairs.out / "pairs.parquet")
     with pytest.raises(DataRefused, match="row 3 has strength 0"):
         reward_model(RewardModelConfig(), context("reward", {**inputs, "pairs": pairs.out}, tmp_path))
+
+
+def test_a_training_set_without_squares_is_refused_with_the_way_out(inputs, context, tmp_path) -> None:
+    data = tmp_path / "oblong"
+    shutil.copytree(inputs["data"], data)
+    index = pq.read_table(data / "index.parquet")
+    wide = pa.array([40] * len(index), index.schema.field("width").type)
+    pq.write_table(index.set_column(index.schema.get_field_index("width"), "width", wide), data / "index.parquet")
+    with pytest.raises(ConfigError, match="set reward_model.alignment to 0"):
+        open_curated(RewardModelConfig(), context("oblong-reward", {"data": data}, tmp_path))
 
 
 def test_a_distilled_student_is_refused(inputs, context, tmp_path) -> None:
@@ -103,7 +124,7 @@ def test_a_group_is_neighbouring_slots_and_an_epoch_asks_every_prompt_once() -> 
 
 
 def test_the_split_follows_the_prompt() -> None:
-    parts = [part_of(f"prompt {i}", 0.4, 0) for i in range(2000)]
+    parts = [part_of(f"prompt {i}", 0.4, 0.25, 0) for i in range(2000)]
     assert parts.count("train") / 2000 == pytest.approx(0.6, abs=0.04)
-    assert parts.count("report") / 2000 == pytest.approx(0.2, abs=0.03)
-    assert part_of("prompt 5", 0.4, 0) == parts[5]
+    assert parts.count("report") / 2000 == pytest.approx(0.3, abs=0.03)
+    assert part_of("prompt 5", 0.4, 0.25, 0) == parts[5]
