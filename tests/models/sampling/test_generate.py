@@ -21,7 +21,7 @@ file, rank, checkpoint, count = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 generator, drawn = load_generator(checkpoint), []
-generator.sample = lambda prompts, seeds, draw=generator.sample: drawn.append(len(prompts)) or draw(prompts, seeds)
+generator.sample = lambda prompts, *rest, draw=generator.sample, **more: drawn.append(len(prompts)) or draw(prompts, *rest, **more)
 pictures = sample_together(generator, [f"picture {i}" for i in range(count)], list(range(count)))
 np.save(f"{file}-{rank}.npy", pictures)
 print(sum(drawn))

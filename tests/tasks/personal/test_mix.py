@@ -78,12 +78,13 @@ FUSION = {"prompts": 6, "ordinary": 6, "steps": 2, "ordinary_weight": 1000}  # s
 
 
 def guesses(folder: Path, prompt: str) -> torch.Tensor:
-    """What a checkpoint makes of pictures halfway to noise."""
+    """What a checkpoint makes of pictures halfway to noise, guided as they are drawn."""
     generator = load_generator(folder)
     x_t, t = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)), torch.full((8,), 0.7)
     with torch.no_grad():
-        found: torch.Tensor = generator.denoiser(x_t, t, *generator.features([prompt] * 8))[0]
-    return found
+        asked, empty = (generator.denoiser(x_t, t, *generator.features([text] * 8))[0] for text in (prompt, ""))
+    guided: torch.Tensor = empty + generator.card.guidance * (asked - empty)
+    return guided
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def distilled(context, name: str, two: dict[str, Path], steps: int = 12, left: P
     train = {"steps": steps, "batch_size": 6, "ema_gamma": 0.0, "log_every": 4, "checkpoint_every": 4,
              "optimizer": {"muon_lr": None, "adamw_lr": 0.002, "warmup_steps": 0}}  # fmt: skip
     config = MixConfig.model_validate({
-        "name": "mix", "adapters": {"one": 1.0, "two": 1.0}, "method": "distilled", "distillation": {"train": train, "empty_share": 0.0},
+        "name": "mix", "adapters": {"one": 1.0, "two": 1.0}, "method": "distilled", "distillation": {"train": train},
         "fusion": FUSION,
     })  # fmt: skip
     ctx = context(name, **two)
