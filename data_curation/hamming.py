@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDEST = 24  # bits of a band: its table of 2^24 starts has 64 MiB
-PAIR_SECONDS, CANDIDATE_SECONDS, PROBE_SECONDS = 3e-9, 1.2e-8, 1.2e-8  # measured on one core; they only choose the way
+PAIR_SECONDS, CANDIDATE_SECONDS, PROBE_SECONDS = 3e-9, 1.2e-8, 1.2e-8  # about, on one core; they only choose the way
 KEY_SECONDS = 4e-9  # of the table of starts
 CHUNK_ROWS, CHUNK_PAIRS, FEW_ROWS = (
     1 << 17,

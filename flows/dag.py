@@ -138,20 +138,19 @@ def pretraining(config: LifecycleConfig) -> list[StageSpec]:
 def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     """Supervised fine-tuning, then branches from it: preference pairs of its pictures and DPO, and the online methods."""
     post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
-    specs = []
+    specs, data = [], {"data": training_set(config)}
     if post.sft is not None:
-        specs.append(
-            spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), data=training_set(config), init=last)
-        )
+        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), init=last, **data))
         last = post.sft.name
-    start, pairs = {"init": last, "data": training_set(config)}, post.pairs_name
+    start, pairs = {"init": last, **data}, post.pairs_name
     if post.needs_pairs and post.pairs_table is not None:
         specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
     elif post.needs_pairs:
         specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
     if post.reward_model is not None:
-        taught = {"pairs": pairs, "data": start["data"]}
-        specs.append(spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), **taught))
+        specs.append(
+            spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs, **data)
+        )
     for stage in post.online:
         specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **rewards(stage, post)))
     if post.dpo is not None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from infra.config import digest_of
 from infra.errors import LifecycleError
 
+EVENTS = "tensorboard"  # folder of event files in a working folder; they hold times, so no artifact has them
 RECORD = "artifact.json"
 
 

@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from infra.artifacts import file_entry
+from infra.artifacts import EVENTS, file_entry
 from infra.errors import LifecycleError
 
 log = logging.getLogger(__name__)
 
 PLACE = ".work"
 POLL_SECONDS = 1.0
-LEFT_OUT = ("tensorboard",)  # it holds times
 Listing = dict[str, str]  # path in the folder -> sha256
 
 
@@ -58,14 +57,17 @@ class RemoteWork:
                 return
             if self._here() == wanted:
                 return
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            partial = self.folder.with_suffix(".part")  # a kill must not leave half a checkpoint for the newest
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             for path, sha256 in wanted.items():
-                target = self.folder / path
+                target = partial / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.objects.download(f"{self.place}/{sha256}", target)
-                if file_entry(target, self.folder).sha256 != sha256:
+                if file_entry(target, partial).sha256 != sha256:
                     raise LifecycleError(f"{path} of the working folder came damaged from the bucket; run again")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
             if wanted:
                 log.info("goes on from %s, kept in the bucket", _newest(self.folder))
 
@@ -124,7 +126,7 @@ class RemoteWork:
         paths = (path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file())
         wanted = (
             path for path in paths
-            if not any(part.startswith(".") for part in path.parts) and path.parts[0] not in LEFT_OUT
+            if not any(part.startswith(".") for part in path.parts) and path.parts[0] != EVENTS
             and (path.parts[0] != "checkpoints" or path.parts[1] == newest)
         )  # fmt: skip
         return {path.as_posix(): file_entry(self.folder / path, self.folder).sha256 for path in wanted}

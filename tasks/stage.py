@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
-from infra.artifacts import Artifact
+from infra.artifacts import EVENTS, Artifact
 from infra.config import Config
 from infra.errors import LifecycleError
 from infra.logging import stage_log
@@ -28,7 +28,6 @@ from tasks.catalog import Catalog, stage_function
 
 log = logging.getLogger(__name__)
 
-EVENTS = "tensorboard"  # folder of a training stage's event files inside its scratch folder
 Status = Literal["ran", "reused"]
 Report = Callable[[str, int, int, Mapping[str, float]], None]  # (stage, done, total, metrics)
 
@@ -132,7 +131,7 @@ def perform(
     facts = {**facts, **_measured(job, time.perf_counter() - started), "bytes": num_bytes}
     parents = [artifact.digest for _, artifact in sorted(job.inputs.items())]
     artifact = store.commit(spec.name, job.key, spec.kind, out, parents, facts)
-    if (work / EVENTS).is_dir():  # for TensorBoard; they hold times, so they are no part of the artifact
+    if (work / EVENTS).is_dir():
         kept = store.scratch_root.parent / ".tensorboard" / f"{spec.name}-{job.key[:12]}"
         shutil.copytree(work / EVENTS, kept, dirs_exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from infra.artifacts import EVENTS
 from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
@@ -78,7 +79,7 @@ def run_training(
             pictures = Generator(model_of(trainer), card, around=around).sample(prompts, list(range(len(prompts))))
             save_grid(pictures, grids / f"step-{step:06d}.png", columns=6)
 
-    events = SummaryWriter(str(ctx.scratch / "tensorboard")) if world()[0] == 0 else None
+    events = SummaryWriter(str(ctx.scratch / EVENTS)) if world()[0] == 0 else None
 
     def progress(done: int, total: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():

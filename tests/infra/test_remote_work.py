@@ -82,6 +82,7 @@ def test_damaged_bytes_are_refused(objects: S3Objects, tmp_path: Path) -> None:
     objects.write(f"{PLACE}/train-b/{listing['files']['grids/1.png']}", b"other")
     with pytest.raises(LifecycleError, match="grids/1.png of the working folder came damaged"):
         RemoteWork(objects, "train-b", tmp_path / "elsewhere" / "work").restore(own_may_stay=True)
+    assert not (tmp_path / "elsewhere" / "work").exists()  # half a checkpoint is no newest one
 
 
 def test_what_dead_runs_left_is_garbage(s3_root: str, tmp_path: Path) -> None:
