@@ -73,3 +73,18 @@ def _adapted(variant: str = "alpha-r", fresh: bool = False, seed: int = 2) -> SD
             if ".lora_magnitude_vector." in name and not fresh:
                 parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape))
     return module
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[[Any], torch.Tensor]:
+    """What a transformer predicts from fixed noise."""
+    return _draw
+
+
+def _draw(module: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (2, 5, 32), "pooled_projections": (2, 64)}
+    noise = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    with torch.no_grad():
+        found: torch.Tensor = module(**noise, timestep=torch.tensor([900.0, 300.0])).sample
+    return found

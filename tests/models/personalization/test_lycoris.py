@@ -21,14 +21,6 @@ ABOUT = {"base": "sha256:0123", "trigger": "zwx"}
 LAYER = "transformer_blocks.0.attn.to_q"
 
 
-def draw(module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    sizes = {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (2, 5, 32), "pooled_projections": (2, 64)}
-    noise = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    with torch.no_grad():
-        return module(**noise, timestep=torch.tensor([900.0, 300.0])).sample
-
-
 @pytest.fixture(params=["loha", "lokr", "lokr-whole"])
 def kind(request) -> str:
     return request.param
@@ -90,11 +82,11 @@ def test_the_factors_have_the_rank_of_the_change() -> None:
     assert len(factored(lokr)[0]) == 6  # 3 times 2
 
 
-def test_a_fresh_one_changes_no_bit(kind, product, base) -> None:
+def test_a_fresh_one_changes_no_bit(kind, product, base, draw) -> None:
     assert torch.equal(draw(product(kind, fresh=True)), draw(base()))
 
 
-def test_stock_peft_loads_the_folder_and_both_forms_come_back_to_the_bit(kind, product, base, tmp_path) -> None:
+def test_stock_peft_loads_the_folder_and_both_forms_come_back_to_the_bit(kind, product, base, tmp_path, draw) -> None:
     module = product(kind)
     adapter = lora_files.from_module(module, ABOUT)
     save_forms(adapter, tmp_path, "toy")

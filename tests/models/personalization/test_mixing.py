@@ -21,14 +21,6 @@ def parts(adapter) -> dict[str, Part]:
     return {name: Part(adapter(VARIANT[name], seed=10 + i), WEIGHTS[name]) for i, name in enumerate(WEIGHTS)}
 
 
-def draw(module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    sizes = {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (2, 5, 32), "pooled_projections": (2, 64)}
-    noise = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    with torch.no_grad():
-        return module(**noise, timestep=torch.tensor([900.0, 300.0])).sample
-
-
 def merged(module, changes):
     weights = module.state_dict()
     module.load_state_dict(weights | {f"{n}.weight": weights[f"{n}.weight"] + change for n, change in changes.items()})
@@ -57,7 +49,7 @@ def test_sum_is_the_sum_of_the_changes(parts, base) -> None:
     assert found.error == 0
 
 
-def test_run_time_mix_merged_weights_and_one_file_draw_the_same(parts, base, tmp_path) -> None:
+def test_run_time_mix_merged_weights_and_one_file_draw_the_same(parts, base, tmp_path, draw) -> None:
     """Test 15: layers of peft at run time, changed weights, and the concatenated adapter after a trip through a file."""
     live = draw(attached(base(), parts))
     fused = draw(merged(base(), mix(parts, base().state_dict()).changes))
@@ -69,7 +61,7 @@ def test_run_time_mix_merged_weights_and_one_file_draw_the_same(parts, base, tmp
     assert worst(live, draw(base())) > 1e-2
 
 
-def test_run_time_mix_follows_new_weights_and_weight_zero_changes_no_bit(parts, base) -> None:
+def test_run_time_mix_follows_new_weights_and_weight_zero_changes_no_bit(parts, base, draw) -> None:
     module = attached(base(), parts)
     zero = {name: Part(part.adapter, 0.0) for name, part in parts.items()}
     set_strengths(module, zero)
@@ -81,7 +73,7 @@ def test_run_time_mix_follows_new_weights_and_weight_zero_changes_no_bit(parts, 
 
 
 @pytest.mark.parametrize("method", ["sum", "ties", "dare"])
-def test_order_does_not_matter_to_the_bit(method, parts, base) -> None:
+def test_order_does_not_matter_to_the_bit(method, parts, base, draw) -> None:
     weights = base().state_dict()
     mixes = [mix(dict(order), weights, method) for order in itertools.permutations(parts.items())]
     assert all(torch.equal(m.changes[n], c) for m in mixes[1:] for n, c in mixes[0].changes.items())
@@ -89,7 +81,7 @@ def test_order_does_not_matter_to_the_bit(method, parts, base) -> None:
     assert max(worst(d, draws[0]) for d in draws) <= 1e-5
 
 
-def test_blocks_are_weighted_by_the_longest_prefix(parts, base) -> None:
+def test_blocks_are_weighted_by_the_longest_prefix(parts, base, draw) -> None:
     one = Part(parts["one"].adapter, 2.0, {"transformer_blocks.0": 0.5, LAYER: 0.0})
     changes = mix({"one": one}, base().state_dict()).changes
     assert LAYER not in changes
@@ -159,7 +151,7 @@ def test_errors_are_told_for_ties_and_dare(parts, base) -> None:
         assert found.error > 0.1
 
 
-def test_dora_merges_by_its_change_and_is_refused_where_it_would_be_wrong(parts, adapter, base) -> None:
+def test_dora_merges_by_its_change_and_is_refused_where_it_would_be_wrong(parts, adapter, base, draw) -> None:
     dora = {"dora": Part(adapter("dora", seed=20), 1.0)}
     both = dora | {"one": parts["one"]}
     weights = base().state_dict()
