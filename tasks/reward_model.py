@@ -142,8 +142,9 @@ def batches_of(pairs: Pairs, curated: Curated | None, config: RewardModelConfig)
 @torch.no_grad()
 def scored(scorer: Scorer, pictures: torch.Tensor, text: torch.Tensor) -> np.ndarray:
     """Scores [N]."""
+    device = scorer.text_mean.device
     parts = zip(pictures.split(CHUNK), text.split(CHUNK), strict=True)
-    return torch.cat([scorer(*part) for part in parts]).numpy()
+    return torch.cat([scorer(seen.to(device), asked.to(device)) for seen, asked in parts]).cpu().numpy()
 
 
 def reward_model(config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -32,6 +32,22 @@ class Batch:
     weight: torch.Tensor | None = None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with all its tensors there."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU fetches it beside its work."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(
+            self, images=change(self.images), tokens=change(self.tokens), mask=change(self.mask),
+            teacher=None if self.teacher is None else change(self.teacher),
+            weight=None if self.weight is None else change(self.weight),
+            extra={name: change(value) for name, value in self.extra.items()},
+        )  # fmt: skip
 
 
 @dataclass
