@@ -13,8 +13,8 @@ from data_curation.dataset import Batch as Rows
 from infra.errors import ConfigError, DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
-from models.engine.loop import train, write_metrics
-from models.engine.objective import Batch
+from models.engine.loop import train
+from models.engine.objective import Batch, write_metrics
 from models.engine.randomness import Randomness, derive_seed, shuffled
 from models.engine.weights import put_weights
 from models.evaluation.intervals import wilson

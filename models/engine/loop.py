@@ -7,14 +7,12 @@ started again continues from its last checkpoint with the same numbers to the bi
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -31,6 +29,7 @@ from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
 from models.engine.shard import gathered, hollow, is_cut, prepare_blocks, shard_blocks
 from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
+from models.engine.watch import Watch
 from models.engine.weights import put_weights, trainable_tensors
 
 MAX_SKIPPED = 20
@@ -42,27 +41,6 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
-
-
-class Watch(Protocol):
-    """Looks at a run from outside before the first step, every so many steps and after the last; may end it."""
-
-    @property
-    def every(self) -> int:
-        """Steps between looks."""
-
-    @property
-    def ended(self) -> bool:
-        """True once it has ended the run."""
-
-    def look(self, trainer: Trainer) -> None:
-        """Judge the present weights; may replace them when it ends the run."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What it remembers, for the checkpoint."""
-
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of `state`."""
 
 
 class Trainer:
@@ -203,8 +181,11 @@ class Trainer:
 
     def autocast(self, batch: Batch) -> AbstractContextManager[object]:
         """bfloat16 in matrix products, where the settings ask for it."""
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(batch.images.device.type, torch.bfloat16) if bf16 else nullcontext()
+        return (
+            torch.autocast(batch.images.device.type, torch.bfloat16)
+            if self.config.precision == "bf16"
+            else nullcontext()
+        )
 
     def _count_skipped(self, name: str, moved: bool, batch: Batch) -> None:
         """Name the rows behind a gradient that is not finite; end the run where the settings say so."""
@@ -301,8 +282,3 @@ def _look_and_keep(
                 save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
         if step % config.checkpoint_every == 0 and not last:  # after all else: who goes on from it lacks nothing
             trainer.save()
-
-
-def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """The log as one JSON object a line."""
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -75,6 +77,11 @@ def divided(row: dict[str, float]) -> dict[str, float]:
     plain = {key: value for key, value in row.items() if not key.endswith((SUM, COUNT))}
     sums = {key.removesuffix(SUM): value for key, value in row.items() if key.endswith(SUM)}
     return plain | {key: total / row[key + COUNT] for key, total in sums.items() if row[key + COUNT]}
+
+
+def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
+    """The log as one JSON object a line."""
+    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
 class Objective(Protocol):
