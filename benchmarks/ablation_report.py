@@ -37,6 +37,6 @@ def summarise(
             "difference": paired(own, other) if len(common) > 1 and arm != compared_with(arm) else None,
             "curves": {str(each["seed"]): each["curve"] for each in results if each["arm"] == arm},
         }  # fmt: skip
-    fast, plain = arms[FASTER]["mean"], arms[PLAIN]["mean"]
+    fast, plain = (arms[name]["mean"] if name in arms else 0.0 for name in (FASTER, PLAIN))
     seeds = sorted({seed for _, seed in final})
-    return record("ablations", seeds, fast, plain, plain, fast >= plain, {**about, "arms": arms})
+    return record("ablations", seeds, fast, plain, plain, fast >= plain > 0, {**about, "arms": arms})

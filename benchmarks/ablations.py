@@ -6,7 +6,9 @@ core; REPA's teacher is paid for once a picture. So results do not depend on wha
 
     python -m benchmarks.ablations prepare ENCODED JUDGE FOLDER   the pictures and captions it needs, from a demo's stages
     python -m benchmarks.ablations costs FOLDER                   seconds a step of every recipe, into FOLDER/costs.json
-    python -m benchmarks.ablations run FOLDER                     train all arms, on the GPU where there is one
+    python -m benchmarks.ablations run FOLDER [ARM ...]           train all arms or some, on the GPU where there is one
+
+What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ SEEDS = range(int(os.environ.get("T2I_ABLATION_SEEDS", "3")))
 STEPS = int(os.environ.get("T2I_ABLATION_STEPS", "1200"))
 PROCESSES = int(os.environ.get("T2I_ABLATION_PROCESSES", "1"))
 SECONDS = float(os.environ.get("T2I_ABLATION_SECONDS", "inf"))  # no arm begins after so long
-PROMPTS, LOOKS = 320, 6
+LOOKS = int(os.environ.get("T2I_ABLATION_LOOKS", "6"))
+PROMPTS = 320
 SIDES = (32, 40)
 COST_ROUNDS = 40
 
@@ -278,24 +281,27 @@ def prepare(encoded: Path, judge: Path, folder: Path) -> None:
     shutil.copytree(judge, folder / "judge")
 
 
-def main(folder: Path | None = None) -> dict[str, Any]:
-    """Train the arms seed by seed, so that an early end leaves whole seeds."""
+def main(folder: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Any]:
+    """Train the arms seed by seed, so that an early end leaves whole seeds; the summary is of all that is done."""
     folder = folder or Path(os.environ["T2I_ABLATION_FOLDER"])
     told = json.loads((folder / "costs.json").read_text())
-    pictures = len(TrainingSet.open(folder).index)
-    work = [(name, seed, steps_of(name, told, pictures)) for seed in SEEDS for name in ARMS]
-    began, found = time.perf_counter(), list[dict[str, Any]]()
+    pictures, kept = len(TrainingSet.open(folder).index), folder / "results.jsonl"
+    found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(each["arm"], each["seed"], each["steps"]) for each in found}
+    work = [(name, seed, steps_of(name, told, pictures)) for seed in SEEDS for name in arms or ARMS]
+    until = time.time() + SECONDS
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(_in_time, folder, *each, time.time() + SECONDS) for each in work}
+        pending = {pool.submit(_in_time, folder, *each, until) for each in work if each not in done}
         for future in as_completed(pending):
             if (result := future.result()) is not None:
                 found.append(result)
-                print(f"{time.perf_counter() - began:.0f} s {result['arm']} seed {result['seed']}: {result['curve'][-1][1]:.3f}",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                with kept.open("a") as stream:
+                    stream.write(json.dumps(result) + "\n")
+    asked = {(name, steps_of(name, told, pictures)) for name in ARMS}
+    found = [each for each in found if (each["arm"], each["steps"]) in asked]
     seconds = {name: cpu_seconds(name, steps_of(name, told, pictures), told, pictures) for name in ARMS}
-    where = compute_device()
-    about = {"steps": STEPS, "prompts": PROMPTS, "cost": told, "device": torch.cuda.get_device_name() if where.type == "cuda" else "cpu",
-             "processes": PROCESSES}  # fmt: skip
+    gpu = compute_device().type == "cuda"
+    about = {"steps": STEPS, "prompts": PROMPTS, "cost": told, "gpu": torch.cuda.get_device_name() if gpu else None}
     return summarise(found, seconds, about)
 
 
@@ -309,7 +315,7 @@ if __name__ == "__main__":
             prepare(Path(encoded), Path(judge), Path(folder))
         case ["costs", folder]:
             Path(folder, "costs.json").write_text(json.dumps(costs(Path(folder)), indent=1) + "\n")
-        case ["run", folder]:
-            print(json.dumps(main(Path(folder))))
+        case ["run", folder, *arms]:
+            print(json.dumps(main(Path(folder), arms)))
         case _:
             sys.exit(__doc__)
