@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -68,12 +69,19 @@ def by_place(words: Words) -> Callable[[Bits], Order]:
 
     def order(key: Bits) -> Order:
         both = np.zeros(words.shape[1], np.uint64)
-        for bit in key:
-            word, offset = divmod(bit, 64)
-            both = both << np.uint64(1) | words[word] >> np.uint64(offset) & np.uint64(1)
+        for first, width in runs(key):
+            for part, bits in _in_words(first, width):
+                word, offset = divmod(part, 64)
+                both = both << np.uint64(bits) | words[word] >> np.uint64(offset) & np.uint64((1 << bits) - 1)
         both = both << np.uint64(KEY_BITS) | np.arange(words.shape[1], dtype=np.uint64)
         both.sort()
         order = (both & np.uint64((1 << KEY_BITS) - 1)).astype(np.int64)
         return Order(words[:, order], both, KEY_BITS, dict(enumerate(same)), lambda few: few)
 
     return order
+
+
+def _in_words(first: int, width: int) -> list[tuple[int, int]]:
+    """A run of bits cut where a word ends."""
+    edges = [first, *range(first // 64 * 64 + 64, first + width, 64), first + width]
+    return [(low, high - low) for low, high in pairwise(edges)]
