@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, assert_never
 
-from data_curation.config import DataConfig, SubjectFolder
+from data_curation.config import CURATION, DataConfig, SubjectFolder
 from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
 from infra.errors import ConfigError
@@ -87,6 +87,7 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
         ("decontaminate", "decontaminate", data.decontaminate, images),
         ("semantic", "semantic_dedup", data.semantic, images),
         ("safety", "filter_safety", data.safety, images),
+        ("aesthetic", "filter_aesthetic", data.aesthetic, images),
         ("recaption", "recaption", data.recaption, images),
     ):
         if settings is not None:
@@ -268,6 +269,7 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     shown = {name: name for name in others} | (
         {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     )
+    shown |= {spec.name: spec.name for spec in curation(config.data) if spec.name in CURATION}
     if "compare" in exports:
         shown["compare"] = "compare"
     enhancer = config.posttrain.prompt_enhancer

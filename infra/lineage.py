@@ -33,7 +33,8 @@ class Graph:
     def _read(self, digest: str, reader: Artifact) -> Artifact | None:
         others = [each for each in self._made.get(digest, ()) if each.uri != reader.uri]
         before = [each for each in others if _finished(each) < _finished(reader)]
-        return (before or others or [None])[-1]
+        usable = before or others
+        return usable[-1] if usable else None
 
     def ancestors(self, artifact: Artifact) -> list[Artifact]:
         """Everything an artifact was made from, itself last, each after its own inputs."""

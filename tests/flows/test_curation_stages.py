@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.numpy import save_file
 
-from data_curation.config import DataConfig
+from data_curation.config import CURATION, DataConfig
 from data_curation.demo_web import Page, plan, render
+from data_curation.embedders import embedder
+from data_curation.filter_config import PackagedEmbedder
 from data_curation.manifest import Row, read_manifest
 from data_curation.scenes import all_scenes, draw_batch, short_caption
 from flows.config import LifecycleConfig
@@ -41,6 +44,7 @@ def changes(base: Path, source: str) -> list[str]:
         f"data.captions={{max_words: {MAX_WORDS}}}",
         f"data.redecide={{min_side: {MIN_SIDE}, max_border: 0.02, max_overlay: 22, captions: {{max_words: {MAX_WORDS}}}}}",
         f"data.decontaminate={{{evaluation}}}", "data.semantic={min_cosine: 0.95}", f"data.safety={{max_nsfw: {MAX_NSFW}}}",
+        f"data.aesthetic={{head: {{path: {base / 'head.safetensors'}}}, min_score: -0.9}}",
         "data.recaption={rows: all}", "posttrain.dpo=null",
     ]  # fmt: skip
 
@@ -57,6 +61,8 @@ class Place:
         (base / "prompts.txt").write_text(self.prompt + "\n")
         (base / "evaluation").mkdir()
         self.tested = [page for page in self.sound if short_caption(page.scene) != self.prompt][:2]
+        dull = embedder(PackagedEmbedder())([grey()])  # the head likes least what looks like it
+        save_file({"weight": -dull, "bias": np.zeros(1, np.float32)}, base / "head.safetensors")
         for page in self.tested:
             picture(page).save(base / "evaluation" / f"{page.ordinal}.png")
 
@@ -99,8 +105,7 @@ def manifests(record: dict[str, Any], place: Place, received: int) -> Found:
         assert (decisions["keep"], decisions["error"], len(rows)) == (facts["kept"], facts["errored"], received)
         assert all(bool(row["reasons"]) == (row["decision"] != "keep") for row in rows), name
         found[name] = {row["row_id"]: row for row in rows}
-    assert list(found) == ["download", "dedup", "quality", "captions", "redecide", "decontaminate", "semantic", "safety",
-                           "recaption", "buckets"]  # fmt: skip
+    assert tuple(found) == CURATION
     return found
 
 
@@ -146,13 +151,16 @@ def test_the_demo_web_loses_what_is_planted_where_it_should(place: Place) -> Non
     assert record["funnel"]["kept"] == len(kept["buckets"]) > 20
     page = Path(record["report"]).read_text()
     assert all(reason in page for reason in record["funnel"]["dropped"])
+    assert all(f">{stage}<" in page for stage in CURATION)  # a line of the funnel each
     assert {"caption_too_long", "in_evaluation", "too_small", "near_duplicate"} <= set(record["funnel"]["dropped"])
 
 
 def test_lineage_and_impact_answer(place: Place) -> None:
     found = manifests(open_store(str(place.root)).read_run("latest"), place, ROWS)["buckets"]
     learnt = t2i(place, "lineage", "pretrain-40")
-    assert {"download", "semantic", "safety", "recaption", "buckets", "encode"} <= {s["stage"] for s in learnt["steps"]}
+    assert {"download", "semantic", "safety", "aesthetic", "recaption", "buckets", "encode"} <= {
+        s["stage"] for s in learnt["steps"]
+    }
     train = [row for row in found.values() if row["decision"] == "keep" and row["split"] == "train"]
     assert 0 < learnt["pictures"] <= len(train)
     kept = next(row for row in train if row["buckets"])
@@ -192,6 +200,7 @@ def plant(place: Place, folder: Path, known: list[Page]) -> dict[str, str]:
     add("shown.jpg", picture(place.tested[0]), caption, quality=80)
     add("mirrored.png", ImageOps.mirror(drawn[3].resize((150, 150))), caption)
     add("skin.png", skin(), "tones of skin, nothing else")
+    add("grey.png", grey(), "shades of grey, nothing else")
     add("again.jpg", picture(known[0]), caption, quality=75)
     (folder / "same.png").write_bytes(render([known[1]])[0]["body"])
     (folder / "broken.jpg").write_bytes((folder / "again.jpg").read_bytes()[:700])
@@ -199,15 +208,24 @@ def plant(place: Place, folder: Path, known: list[Page]) -> dict[str, str]:
         "file-name.png": "caption_file_name", "markup.png": "caption_markup", "long.png": "caption_too_long",
         "small.png": "too_small", "framed.png": "bordered", "text.png": "text_overlay", "asked.png": "in_evaluation",
         "shown.jpg": "in_evaluation", "mirrored.png": "semantic_duplicate", "skin.png": "unsafe",
+        "grey.png": "unaesthetic",
         "again.jpg": "near_duplicate", "same.png": "exact_duplicate", "broken.jpg": "truncated",
     }  # fmt: skip
 
 
 def skin() -> Image.Image:
     """Nothing but tones of skin, which the model of nudity scores higher than any drawing of the demo."""
+    return shaded((224, 172, 140), 2)
+
+
+def grey() -> Image.Image:
+    return shaded((128, 128, 128), 9)
+
+
+def shaded(colour: tuple[int, int, int], waves: float) -> Image.Image:
     y, x = np.mgrid[-1:1:160j, -1:1:160j]
-    shade = 30 * np.cos(2 * x + y) + np.random.default_rng(1).normal(0, 4, (160, 160))
-    return Image.fromarray((np.array([224, 172, 140]) + shade[..., None]).clip(0, 255).astype(np.uint8))
+    shade = 30 * np.cos(waves * x + y) + np.random.default_rng(1).normal(0, 4, (160, 160))
+    return Image.fromarray((np.array(colour) + shade[..., None]).clip(0, 255).astype(np.uint8))
 
 
 def test_another_night_meets_every_reason_and_everything_seen_before(place: Place, tmp_path: Path) -> None:
@@ -234,4 +252,4 @@ def test_another_night_meets_every_reason_and_everything_seen_before(place: Plac
     assert all("Tags: drawing, emoji" in row["caption_long"] for row in kept)
     again = t2i(place, "impact", str(tmp_path / "night" / "again.jpg"))
     assert "kept in its place" in {row["relation"] for row in again["rows"]}
-    assert "pretrain-32" in {entry["stage"] for entry in again["affected"]}
+    assert "pretrain-40" in {entry["stage"] for entry in again["affected"]}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from data_curation.aesthetic import aesthetic_score
 from infra.errors import ConfigError
-from models.evaluation.aesthetic import aesthetic_score
 from models.evaluation.density_coverage import density_coverage
 from models.evaluation.distances import kernel_distance
 from models.evaluation.distribution import distribution, jackknife
