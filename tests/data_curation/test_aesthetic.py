@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data_curation.aesthetic import filter_aesthetic
+from data_curation.aesthetic import aesthetic_score, filter_aesthetic
 from data_curation.embedders import embedder
 from data_curation.filter_config import AestheticConfig, AestheticHead, PackagedEmbedder
 from data_curation.manifest import ROWS_SCHEMA, read_manifest, write_table
@@ -82,3 +82,11 @@ def test_the_head_is_part_of_the_key_and_a_wrong_one_is_refused(
     path.unlink()
     with pytest.raises(ConfigError, match="does not exist; give a safetensors file"):
         filter_aesthetic(narrow, context(place, "gone", **INPUTS))
+
+
+def test_an_aesthetic_head_is_linear_and_made_for_them(tmp_path: Path) -> None:
+    save_file({"weight": np.array([[2.0, 0.0]]), "bias": np.array([1.0])}, tmp_path / "head.safetensors")
+    scores = aesthetic_score(np.array([[0.6, 0.8], [1.0, 0.0]]), tmp_path / "head.safetensors")
+    assert scores == pytest.approx([2 * 0.6 + 1, 3.0])
+    with pytest.raises(ConfigError, match="reads 2 features, the embedding has 3"):
+        aesthetic_score(np.ones((1, 3)), tmp_path / "head.safetensors")
