@@ -20,11 +20,12 @@ from data_curation.key_order import CHUNK_ROWS, KEY_BITS, Order, Words, by_place
 HOT = 1 << 14  # rows of a bucket that is searched again
 CHUNK_PAIRS = 1 << 16  # whose arrays stay in the cache
 FEW_ROWS = 1 << 11  # too few for a pass of their own
-GATHER = 8  # what looking up one row costs, in rows compared in order
+GATHER = 24  # what looking up one row costs, in rows compared in order
 PREFIX_BITS = 24
 
 Indices = NDArray[np.int64]
 Pairs = tuple[Indices, Indices, Indices]  # i, j (i < j), distance
+Distances = NDArray[np.unsignedinteger[Any]]
 Places = Iterator[tuple[Indices, Indices]]
 Found = Iterator[tuple[Words, Words]]
 
@@ -142,14 +143,16 @@ def _near_in_order(words: Words, ends: NDArray[np.int32], sizes: Indices, max_di
     after, shift = ends - np.arange(len(ends), dtype=np.int32), 1
     buckets = np.bincount(sizes)[::-1].cumsum()[::-1]  # with so many rows or more
     followed = [*(buckets[::-1].cumsum()[::-1] * GATHER).tolist(), 0]  # [s]: rows that have one s - 1 after them
+    nearest: Distances = np.full(len(ends), 255, np.uint8)  # to a row after it
+    if len(words) > 1:
+        nearest = np.full(len(ends), 65_535, np.uint16)
     while shift + 1 < len(followed) and followed[shift + 1] > len(ends):
-        near = np.flatnonzero(_distances(words[:, :-shift], words[:, shift:]) <= max_distance)
-        near = near[after[near] > shift]
-        if len(near):
-            yield near, near + shift
+        before = nearest[:-shift]
+        np.minimum(before, _distances(words[:, :-shift], words[:, shift:]), out=before)
         shift += 1
-    left = np.flatnonzero(after > shift)
-    for i, j in _candidates(left, left + shift, ends[left].astype(np.int64)):
+    few, left = np.flatnonzero(nearest <= max_distance), np.flatnonzero(after > shift)
+    low, high = np.append(few + 1, left + shift), np.append(np.minimum(ends[few], few + shift), ends[left])
+    for i, j in _candidates(np.append(few, left), low, high.astype(np.int64)):
         near = np.flatnonzero(_distances(words[:, i], words[:, j]) <= max_distance)
         if len(near):
             yield i[near], j[near]
@@ -187,7 +190,7 @@ def _rows_of_pairs(first: Indices, low: Indices, high: Indices) -> Places:
         start = stop
 
 
-def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.unsignedinteger[Any]]:
+def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> Distances:
     """Bits in which [words, n] hashes differ."""
     first: NDArray[np.uint8] = np.bitwise_count(a[0] ^ b[0])
     if len(a) == 1:
@@ -200,8 +203,9 @@ def _distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.unsig
 
 def _words(hashes: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Hashes [n, bytes] as [words, n]."""
-    padded = np.pad(hashes, ((0, 0), (0, -hashes.shape[1] % 8)))
-    return np.ascontiguousarray(np.ascontiguousarray(padded).view(np.uint64).T)
+    if hashes.shape[1] % 8:
+        hashes = np.pad(hashes, ((0, 0), (0, -hashes.shape[1] % 8)))
+    return np.ascontiguousarray(np.ascontiguousarray(hashes).view(np.uint64).T)
 
 
 def _distinct(words: Words) -> tuple[Words, Words]:
