@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, assert_never
 
-from data_curation.config import CURATION, DataConfig, SubjectFolder
+from data_curation.config import DataConfig, SubjectFolder
 from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import Config
 from infra.errors import ConfigError
@@ -265,11 +265,10 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= student_exports(config)
     exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
-    others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
+    others = (*(spec.name for spec in curation(config.data)), "judge", "export")
     shown = {name: name for name in others} | (
         {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     )
-    shown |= {spec.name: spec.name for spec in curation(config.data) if spec.name in CURATION}
     if "compare" in exports:
         shown["compare"] = "compare"
     enhancer = config.posttrain.prompt_enhancer
