@@ -21,7 +21,7 @@ HOT = 1 << 14  # rows of a bucket that is searched again
 CHUNK_PAIRS = 1 << 16  # whose arrays stay in the cache
 FEW_ROWS = 1 << 11  # too few for a pass of their own
 GATHER = 24  # what looking up one row costs, in rows compared in order
-PREFIX_BITS = 24
+PREFIX_BITS = 24  # of the table of what is wanted: 16 MiB
 
 Indices = NDArray[np.int64]
 Pairs = tuple[Indices, Indices, Indices]  # i, j (i < j), distance
@@ -175,7 +175,7 @@ def _candidates(first: Indices, low: Indices, high: Indices) -> Places:
 
 
 def _rows_of_pairs(first: Indices, low: Indices, high: Indices) -> Places:
-    """The same, row by row, for few rows that may be long: hot buckets."""
+    """The same, row by row, for few rows that may each have many."""
     counts = high - low
     before = np.concatenate([[0], np.cumsum(counts)])
     start = 0

@@ -266,9 +266,8 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
     others = (*(spec.name for spec in curation(config.data)), "judge", "export")
-    shown = {name: name for name in others} | (
-        {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
-    )
+    shown = {name: name for name in others}
+    shown |= {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     if "compare" in exports:
         shown["compare"] = "compare"
     enhancer = config.posttrain.prompt_enhancer
