@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_curation.bucket_facts import parse_bucket
 from data_curation.config import EncodeConfig
 from data_curation.manifest import KEEP, Row, pictures, read_manifest, shards, write_table
 from infra.arrays import save_arrays
@@ -191,13 +192,6 @@ def encode_shard(item: tuple[Path, dict[str, list[str]], frozenset[Bucket]]) -> 
                 large.setdefault(name, []).append(fit(picture, 2 * width, 2 * height))
     features = {name: teacher_features(np.stack(values)) for name, values in large.items()}
     return {name: (ids[name], np.stack(small[name]), features.get(name)) for name in ids}
-
-
-def parse_bucket(name: str) -> tuple[int, Bucket]:
-    """Resolution and (width, height) of a bucket's name, such as 40:48x32."""
-    side, size = name.split(":")
-    width, height = size.split("x")
-    return int(side), (int(width), int(height))
 
 
 def _encode_pictures(rows: list[Row], ids: dict[str, int], config: EncodeConfig, ctx: StageContext) -> list[Row]:
