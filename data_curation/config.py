@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_curation.filter_config import (
     AestheticConfig,
@@ -14,6 +14,7 @@ from data_curation.filter_config import (
     DedupConfig,
     QualityConfig,
     RecaptionConfig,
+    ReconsiderConfig,
     RedecideConfig,
     SafetyConfig,
     SemanticConfig,
@@ -24,8 +25,8 @@ from infra.stages import IF_SET
 
 _MACHINE: dict[str, Any] = {"versioned": False}
 CURATION = (  # stages with a manifest, in the order in which they run
-    "download", "dedup", "quality", "captions", "redecide", "decontaminate", "semantic", "safety", "aesthetic", "recaption",
-    "buckets",
+    "download", "dedup", "quality", "captions", "redecide", "decontaminate", "semantic", "safety", "aesthetic",
+    "reconsider", "recaption", "buckets",
 )  # fmt: skip
 
 
@@ -195,9 +196,21 @@ class DataConfig(Config):
     semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
     aesthetic: AestheticConfig | None = Field(default=None, description="Aesthetic filter; null: none.")
+    reconsider: ReconsiderConfig | None = Field(
+        default=None, json_schema_extra=IF_SET,
+        description="Thresholds applied to the stored scores of semantic, safety and aesthetic instead of theirs.",
+    )  # fmt: skip
     recaption: RecaptionConfig | None = Field(default=None, description="Long captions; null: those of the source.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")
+
+    @model_validator(mode="after")
+    def _reconsiders_what_is_scored(self) -> DataConfig:
+        for setting, name in (("min_cosine", "semantic"), ("max_nsfw", "safety"), ("min_score", "aesthetic")):
+            asked = None if self.reconsider is None else getattr(self.reconsider, setting)
+            if asked is not None and getattr(self, name) is None:
+                raise ValueError(f"reconsider.{setting}={asked} needs scores of {name}, which is null; set {name}, too")
+        return self
 
     @field_validator("source", mode="before")
     @classmethod

@@ -150,6 +150,16 @@ class AestheticConfig(Config):
     min_score: float = Field(default=5.0, description="Least score, on the head's own scale (reason unaesthetic).")
 
 
+class ReconsiderConfig(Config):
+    """Other thresholds for stored scores of the filters that ask a model; null: as it was decided."""
+
+    min_cosine: float | None = Field(
+        default=None, ge=0, le=1, description="Of `semantic`; not below its own, whose lesser cosines are not stored."
+    )
+    max_nsfw: float | None = Field(default=None, ge=0, le=1, description="Of `safety`.")
+    min_score: float | None = Field(default=None, description="Of `aesthetic`.")
+
+
 class PromptList(OwnData):
     """Evaluation prompts of one's own."""
 

@@ -34,6 +34,7 @@ MANIFEST_SCHEMA = pa.schema([
 ])  # fmt: skip
 OPTIONAL_SCHEMA = pa.schema([  # of stages that are off unless a preset asks for them; columns only where they ran
     ("semantic_score", pa.float32()), ("semantic_model", pa.string()), ("semantic_threshold", pa.float32()),
+    ("semantic_near", pa.list_(pa.string())), ("semantic_cosines", pa.list_(pa.float32())),
     ("border", pa.float32()), ("clipped", pa.float32()), ("overlay", pa.float32()),
     ("caption_words", pa.int32()), ("caption_language", pa.string()), ("caption_file_name", pa.int32()),
     ("caption_filler", pa.float32()), ("caption_repeated", pa.float32()), ("caption_markup", pa.int32()),

@@ -28,7 +28,7 @@ def filter_safety(config: SafetyConfig, ctx: StageContext) -> dict[str, Any]:
     for row_id, score in (found for part in ctx.fan_out(score_shard, items) for found in part):
         row = kept[row_id]
         row["nsfw"], row["nsfw_model"], row["nsfw_threshold"] = round(score, 4), model, config.max_nsfw
-        if score > config.max_nsfw:
+        if row["nsfw"] > config.max_nsfw:
             drop(row, "unsafe")
     write_manifest(rows, ctx.out)
     return funnel(rows, len(rows)) | {"safety_model": model, "scored": len(kept)}

@@ -3,6 +3,8 @@
 The search is exact: every vector against every later one, block by block. That is n^2 D / 2 multiplications: seconds for
 10,000 pictures, hours of a core for a million. Left out: an approximate index, clusters (SemDeDup, arXiv 2303.09540).
 
+Every row keeps its better neighbours and their cosines, so that `reconsider` can apply a higher threshold later.
+
 Shapes: N pictures, D numbers.
 """
 
@@ -45,6 +47,9 @@ def semantic_dedup(config: SemanticConfig, ctx: StageContext) -> dict[str, Any]:
     )
     for row in kept:
         row["semantic_model"], row["semantic_threshold"] = next(iter(names)), config.min_cosine
+    for better, worse, value in zip(i.tolist(), j.tolist(), cosine.tolist(), strict=True):
+        kept[worse].setdefault("semantic_near", []).append(kept[better]["row_id"])
+        kept[worse].setdefault("semantic_cosines", []).append(value)
     for place, keeper, distance in cover(i, j, 1 - cosine):
         drop(kept[place], "semantic_duplicate")
         kept[place]["keeper_id"], kept[place]["semantic_score"] = kept[keeper]["row_id"], round(1 - distance, DIGITS)

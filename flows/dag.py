@@ -88,6 +88,7 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
         ("semantic", "semantic_dedup", data.semantic, images),
         ("safety", "filter_safety", data.safety, images),
         ("aesthetic", "filter_aesthetic", data.aesthetic, images),
+        ("reconsider", "reconsider", data.reconsider, {}),
         ("recaption", "recaption", data.recaption, images),
     ):
         if settings is not None:

@@ -7,7 +7,7 @@ from tasks.catalog import stage_function
 
 ASKED = {
     "captions": {}, "redecide": {}, "decontaminate": {"held_out_scenes": True}, "semantic": {}, "safety": {},
-    "aesthetic": {"head": {"path": "head.safetensors"}}, "recaption": {},
+    "aesthetic": {"head": {"path": "head.safetensors"}}, "reconsider": {"max_nsfw": 0.5}, "recaption": {},
 }  # fmt: skip
 
 

@@ -23,9 +23,13 @@ def same(found: dict[bytes, np.ndarray], arrays: dict[bytes, np.ndarray]) -> boo
     return found.keys() == arrays.keys() and all(np.array_equal(found[key], arrays[key]) for key in arrays)
 
 
-def test_arrays_come_back_whole_and_only_what_was_asked_for(tmp_path: Path, arrays, monkeypatch) -> None:
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_arrays_come_back_whole_and_only_what_was_asked_for(
+    place: str, tmp_path: Path, arrays, monkeypatch, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if place == "folder" else request.getfixturevalue("s3_root")
     monkeypatch.setattr(encode_cache, "MOST_BYTES", 40)  # several shards
-    kept = space(str(tmp_path), "text", "float16", model="m")
+    kept = space(root, "text", "float16", model="m")
     kept.write(arrays)
     index = kept.index()
     assert index.keys() == arrays.keys()
@@ -33,9 +37,10 @@ def test_arrays_come_back_whole_and_only_what_was_asked_for(tmp_path: Path, arra
     assert same(kept.read(index), arrays)
     some = dict(list(index.items())[:1])
     assert kept.read(some).keys() == some.keys()
-    folder = tmp_path / ".encoded" / kept.name
-    for shard in folder.glob("*.parquet"):
+    for shard in (tmp_path / ".encoded" / kept.name).glob("*.parquet"):
         pq.read_table(shard, page_checksum_verification=True)
+    forget_space(root, kept.name)
+    assert kept.index() == kept.read(index) == {}
 
 
 def test_another_model_is_another_space_and_without_a_root_nothing_is_kept(tmp_path: Path, arrays) -> None:
