@@ -151,6 +151,8 @@ def test_a_mix_of_what_has_no_adapter_is_refused():
     overrides = ["mix=[{name: both, adapters: {dreambooth-robot: 0.5}}]", "personalize.0.lora=null"]
     with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which train all weights"):
         parse(LifecycleConfig, load_yaml(SMOKE, overrides), "")
+    with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which tune text encoders"):
+        parse(LifecycleConfig, load_yaml(SMOKE, [overrides[0], "personalize.0.text={}"]), "")
 
 
 def test_a_sweep_is_stages_side_by_side_and_their_grid(tmp_path):
