@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from models.networks.text_features import Encode, PrxText
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
+from models.personalization.learning import LearningWatch
 from models.personalization.lora import add_lora, merge, save_forms, since
 from models.personalization.lora_files import Adapter
 from models.personalization.pivotal import PivotalDreamBooth
@@ -34,6 +37,7 @@ from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
 
 SHOWN = 8  # pictures of the subject in grid.png
+WATCHED = 24  # ordinary prompts whose drift the looks of `until` see
 FOREIGN = 48  # other rare tokens in prior prompts
 
 
@@ -76,17 +80,27 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         trained[:] = [adapted]
         return adapted if config.lora is None else merge(adapted)
 
+    watch = None
+    if config.until is not None:
+        seen = around if text is None else replace(around, encode=text.text)
+        draws = drawing(config, subject.captions, seen, card)
+        ordinary = _ordinary(config, ctx, data.set.captions, around)
+        watch = LearningWatch(config.until, denoiser, base, draws, instance.images, ordinary, around.encode([""]))
     shown = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
-    facts = run_training(objective, batches, config.train, ctx, model_of, card, [] if text is not None else shown)
+    facts = run_training(
+        objective, batches, config.train, ctx, model_of, card, [] if text is not None else shown, watch
+    )
     if world()[0] == 0:
         if text is not None:
             text.save(ctx.out)
         if config.lora is not None:
-            about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word}
+            about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word,
+                     "captions": json.dumps(list(dict.fromkeys(subject.captions)))}  # fmt: skip
             adapter = lora_files.from_module(trained[0].transformer, about)
             write_adapter(adapter if start is None else since(adapter, start), text, ctx.out / "adapter", config.name)
         show(subject, load_generator(ctx.out), load_generator(ctx.inputs["init"]), ctx)
-    return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
+    learning = {} if watch is None else watch.report()
+    return facts | learning | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
 
 
 def text_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: SamplingCard) -> TextTuning | None:
@@ -96,6 +110,30 @@ def text_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: Sampl
     words = token.split() if config.text.vectors else []
     encoder = PrxText(ctx.inputs["init"], card.prompt_max_tokens, clean=False)
     return TextTuning(encoder, config.text, words, config.text.initial or config.class_word, config.train.seed)
+
+
+def drawing(
+    config: DreamBoothConfig, captions: list[str], around: families.Surroundings, card: SamplingCard
+) -> Callable[[Denoiser], torch.Tensor]:
+    """How the looks of `until` draw the subject with an adapted denoiser: its captions in turn, always the same noise."""
+    assert config.until is not None
+    prompts = [captions[number % len(captions)] for number in range(config.until.pictures)]
+
+    def draw(denoiser: Denoiser) -> torch.Tensor:
+        net = denoiser if config.lora is None else merge(denoiser)
+        return torch.from_numpy(Generator(net, card, around=around).draw(prompts, list(range(len(prompts)))))
+
+    return draw
+
+
+def _ordinary(
+    config: DreamBoothConfig, ctx: StageContext, captions: list[str], around: families.Surroundings
+) -> Pictures:  # fmt: skip
+    """Training captions that no prior prompt was chosen by, and the base's pictures of them."""
+    picked = np.random.default_rng([config.train.seed, 79]).permutation(np.arange(1, len(captions)))[:WATCHED]
+    prompts = [captions[int(place)] for place in picked]
+    images = sample_together(load_generator(ctx.inputs["init"]), prompts, list(range(len(prompts))))
+    return _pictures(images, prompts, around.encode)
 
 
 def write_adapter(adapter: Adapter, text: TextTuning | None, folder: Path, name: str) -> None:

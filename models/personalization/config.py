@@ -58,6 +58,18 @@ class TextTuningConfig(Config):
         return self
 
 
+class UntilLearntConfig(Config):
+    """When DreamBooth ends before `train.steps`, which are then the most."""
+
+    every: int = Field(default=40, ge=1, description="Steps between looks")
+    patience: int = Field(default=2, ge=1, description="Looks without a gain after which it ends")
+    gain: float = Field(
+        default=0.01, ge=0, description="Least gain of a look: similarity to the subject's own pictures"
+    )
+    max_drift: float = Field(default=0.05, gt=0, description="Change of the velocity for ordinary prompts that ends it")
+    pictures: int = Field(default=16, ge=1, description="Pictures drawn of the subject in each look")
+
+
 class DreamBoothConfig(Config):
     """DreamBooth with prior preservation, as an adapter or with all weights."""
 
@@ -108,6 +120,9 @@ class DreamBoothConfig(Config):
     )
     text: TextTuningConfig | None = Field(
         default=None, description="What is learnt of the text encoders too; null: nothing", json_schema_extra=IF_SET
+    )
+    until: UntilLearntConfig | None = Field(
+        default=None, description="Ends when the subject is learnt; null: after all steps", json_schema_extra=IF_SET
     )
     train: TrainConfig = TrainConfig(
         steps=150, batch_size=16, ema_gamma=6.0, log_every=10,
@@ -163,6 +178,10 @@ class FusionConfig(Config):
     prompts: int = Field(default=32, ge=1, description="Prompts of each subject")
     ordinary: int = Field(default=64, ge=1, description="Prompts without a subject, on which nothing should change")
     ordinary_weight: float = Field(default=1.0, ge=0, description="How much those count against one subject's")
+    own_share: float = Field(
+        default=0.5, ge=0, le=1, description="Share of a subject's prompts that are the captions its adapter was taught with",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
     steps: int = Field(default=4, ge=1, description="Steps drawn, each with other inputs")
     ridge: float = Field(default=1e-3, gt=0, description="Against directions nobody reads, times the mean square read")
     stand_in: str | None = Field(
