@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,6 @@ from models.networks.text_features import Encode, PrxText
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
-from models.personalization.learning import LearningWatch
 from models.personalization.lora import add_lora, merge, save_forms, since
 from models.personalization.lora_files import Adapter
 from models.personalization.pivotal import PivotalDreamBooth
@@ -33,11 +30,11 @@ from models.personalization.rare_token import find_tokens, rarest, refuse_token,
 from models.personalization.text_tuning import TextTuning, save_rows, words_of_token
 from models.sampling.generate import Generator, load_generator, sample_together
 from tasks.subject_pictures import Subject, demo_subject, own_subject
+from tasks.subject_watch import Asked, watch_of
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
 
 SHOWN = 8  # pictures of the subject in grid.png
-WATCHED = 24  # ordinary prompts whose drift the looks of `until` see
 FOREIGN = 48  # other rare tokens in prior prompts
 
 
@@ -66,11 +63,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     if config.lora is not None:
         add_lora(denoiser, config.lora, config.train.seed)
         start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
-    kept = base if config.prior == "prediction" else None
-    objective = (
-        DreamBooth(denoiser, config.timesteps, kept) if text is None
-        else PivotalDreamBooth(denoiser, config.timesteps, kept, text, [*subject.captions, *prompts], config.train.steps)
-    )  # fmt: skip
+    objective = objective_of(config, denoiser, base, text, [*subject.captions, *prompts])
     slots = local_slots(config.train.batch_size)
     batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
     trained: list[Denoiser] = []
@@ -83,9 +76,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     watch = None
     if config.until is not None:
         seen = around if text is None else replace(around, encode=text.text)
-        draws = drawing(config, subject.captions, seen, card)
-        ordinary = _ordinary(config, ctx, data.set.captions, around)
-        watch = LearningWatch(config.until, denoiser, base, draws, instance.images, ordinary, around.encode([""]))
+        watch = watch_of(config, ctx, denoiser, base, Asked(subject.captions, instance.images, seen), data.set.captions)
     shown = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
     facts = run_training(
         objective, batches, config.train, ctx, model_of, card, [] if text is not None else shown, watch
@@ -96,11 +87,20 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         if config.lora is not None:
             about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word,
                      "captions": json.dumps(list(dict.fromkeys(subject.captions)))}  # fmt: skip
-            adapter = lora_files.from_module(trained[0].transformer, about)
-            write_adapter(adapter if start is None else since(adapter, start), text, ctx.out / "adapter", config.name)
+            write_adapter(lora_files.from_module(trained[0].transformer, about), start, text, ctx)
         show(subject, load_generator(ctx.out), load_generator(ctx.inputs["init"]), ctx)
     learning = {} if watch is None else watch.report()
     return facts | learning | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
+
+
+def objective_of(
+    config: DreamBoothConfig, denoiser: Denoiser, base: Denoiser, text: TextTuning | None, prompts: list[str]
+) -> DreamBooth:
+    """DreamBooth, with the text encoders where they learn too; `prompts` are those of instance and prior pictures."""
+    kept = base if config.prior == "prediction" else None
+    if text is None:
+        return DreamBooth(denoiser, config.timesteps, kept)
+    return PivotalDreamBooth(denoiser, config.timesteps, kept, text, prompts, config.train.steps)
 
 
 def text_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: SamplingCard) -> TextTuning | None:
@@ -112,37 +112,14 @@ def text_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: Sampl
     return TextTuning(encoder, config.text, words, config.text.initial or config.class_word, config.train.seed)
 
 
-def drawing(
-    config: DreamBoothConfig, captions: list[str], around: families.Surroundings, card: SamplingCard
-) -> Callable[[Denoiser], torch.Tensor]:
-    """How the looks of `until` draw the subject with an adapted denoiser: its captions in turn, always the same noise."""
-    assert config.until is not None
-    prompts = [captions[number % len(captions)] for number in range(config.until.pictures)]
-
-    def draw(denoiser: Denoiser) -> torch.Tensor:
-        net = denoiser if config.lora is None else merge(denoiser)
-        return torch.from_numpy(Generator(net, card, around=around).draw(prompts, list(range(len(prompts)))))
-
-    return draw
-
-
-def _ordinary(
-    config: DreamBoothConfig, ctx: StageContext, captions: list[str], around: families.Surroundings
-) -> Pictures:  # fmt: skip
-    """Training captions that no prior prompt was chosen by, and the base's pictures of them."""
-    picked = np.random.default_rng([config.train.seed, 79]).permutation(np.arange(1, len(captions)))[:WATCHED]
-    prompts = [captions[int(place)] for place in picked]
-    images = sample_together(load_generator(ctx.inputs["init"]), prompts, list(range(len(prompts))))
-    return _pictures(images, prompts, around.encode)
-
-
-def write_adapter(adapter: Adapter, text: TextTuning | None, folder: Path, name: str) -> None:
+def write_adapter(adapter: Adapter, start: Adapter | None, text: TextTuning | None, ctx: StageContext) -> None:
     """The adapter's forms; with a LoRA on the text encoder diffusers' alone, and learnt rows beside them."""
+    adapter, folder = adapter if start is None else since(adapter, start), ctx.out / "adapter"
     on_text = {} if text is None else text.adapters()
     if on_text:
         lora_files.save_diffusers(adapter, folder, on_text)
     else:
-        save_forms(adapter, folder, name)
+        save_forms(adapter, folder, ctx.name)
     if text is not None and text.words:
         save_rows(folder, text.words, text.rows())
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
