@@ -5,8 +5,8 @@ with the averaged weights it draws fixed prompts of the subject from fixed noise
 subject's own, mean over the drawn of the greatest cosine. The features are the base's own: its hidden layer in the middle on a
 slightly noised picture without a prompt (DIFT, Tang et al. 2023, arXiv:2306.03881), averaged over the picture, less the mean of the
 base's pictures; so no other model is needed. Drift is the change of the velocity for ordinary prompts on the base's own
-pictures, relative to it. After `patience` looks that gain less than `gain`, or one that drifts beyond `max_drift`, the run ends
-with the weights of the best look that does not. Looks follow from the weights alone, so a resumed run has the same ones.
+pictures, relative to it. When `patience` looks gain less than `gain`, or one drifts beyond `max_drift`, the run ends with the
+weights of the best look that does not. Looks follow from the weights alone, so a resumed run has the same ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LearningWatch:
         self.own = F.normalize(self._hidden(own) - self.centre, dim=1)
         self.looks: list[Look] = []
         self.best: dict[str, torch.Tensor] = {}
-        self.best_at, self.stale, self.ended = 0, 0, False
+        self.best_at, self.ended = 0, False
 
     @property
     def every(self) -> int:
@@ -71,15 +71,18 @@ class LearningWatch:
         net = with_weights(self.adapted, {name.removeprefix(PREFIX): value for name, value in average.items()})
         found = Look(trainer.step, self.similarity(self.draw(net)), self.drift(net.eval()))
         self.looks.append(found)
-        drifted = found.drift > self.config.max_drift
-        gained = found.similarity - (self.looks[self.best_at].similarity if self.best else -1.0)
-        if not drifted and gained > 0:
+        drifted, first = found.drift > self.config.max_drift, not self.best
+        if first or (not drifted and found.similarity > self.looks[self.best_at].similarity):
             self.best, self.best_at = {name: value.clone() for name, value in average.items()}, len(self.looks) - 1
-        self.stale = 0 if gained > self.config.gain else self.stale + 1
-        last = trainer.step >= trainer.config.steps
-        if drifted or self.stale >= self.config.patience or last:
+        if drifted or self.settled or trainer.step >= trainer.config.steps:
             self.ended = True
             self._restore(trainer)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last `patience` looks are no nearer than one before, by the least gain."""
+        seen, patience = [look.similarity for look in self.looks], self.config.patience
+        return len(seen) > patience and max(seen[-patience:]) < max(seen[:-patience]) + self.config.gain
 
     def similarity(self, pictures: torch.Tensor) -> float:
         """Mean over pictures [N, 3, H, W] of the greatest cosine to one of the subject's own."""
@@ -105,13 +108,13 @@ class LearningWatch:
     def state(self) -> dict[str, torch.Tensor]:
         """Looks, best weights and counters as tensors."""
         table = torch.tensor([astuple(look) for look in self.looks], dtype=torch.float64)
-        counters = torch.tensor([self.best_at, self.stale, int(self.ended)])
+        counters = torch.tensor([self.best_at, int(self.ended)])
         return {"looks": table, "counters": counters} | {f"best/{name}": value for name, value in self.best.items()}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
         self.looks = [Look(int(row[0]), row[1], row[2]) for row in tensors["looks"].tolist()]
-        self.best_at, self.stale, ended = tensors["counters"].tolist()
+        self.best_at, ended = tensors["counters"].tolist()
         self.ended = bool(ended)
         self.best = {name.removeprefix("best/"): v for name, v in tensors.items() if name.startswith("best/")}
 
