@@ -17,6 +17,7 @@ from flows.personalize import own_specs
 from infra.config import load_yaml, parse
 from infra.errors import ConfigError
 from infra.stages import stage_key
+from models.personalization.config import UntilLearntConfig
 from tasks.catalog import TRAITS, stage_function
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -177,7 +178,10 @@ def test_a_subject_of_ones_own_takes_the_settings_of_the_runs_first(tmp_path):
     assert (stage.name, stage.class_word, stage.token, stage.label) == ("dreambooth-my-dog", "dog", None, "my-dog")
     assert (stage.train.steps, stage.lora.rank) == (7, 3)
     assert stage.train.model_copy(update={"steps": 4}) == config.personalize[0].train
-    assert own_stage(config, tmp_path, "my-dog", {}).class_word == "my dog"
+    assert stage.until is None
+    looking = own_stage(config, tmp_path, "my-dog", {})
+    assert looking.class_word == "my dog"
+    assert (looking.train.steps, looking.until) == (8, UntilLearntConfig())
     specs = {spec.name: spec for spec in own_specs(config, stage, "dpo")}
     assert list(specs) == ["dreambooth-my-dog-pictures", "dreambooth-my-dog", "dreambooth-my-dog-export"]
     assert specs["dreambooth-my-dog"].inputs == {
