@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from infra.embedded import local_ray
 from infra.errors import ConfigError
 from infra.records import lifecycles
+from infra.stages import Resources
 from infra.storage import Store, open_store
 from tasks.serving.config import ServeConfig
 
@@ -80,10 +82,12 @@ def ray_deployment(root: str, run: str, config: ServeConfig, key: str | None = N
 
 
 def serve_on_ray(root: str, run: str, host: str, port: int, config: ServeConfig, replicas: int) -> None:
-    """Serve with replicas on Ray, a running cluster (RAY_ADDRESS) or one of this machine, until Ctrl-C."""
+    """Serve with replicas on Ray, a running cluster (RAY_ADDRESS) or one of its own, until Ctrl-C."""
     from ray import serve
 
     key = os.environ.get(KEY) or None
     refuse_open(host, key)
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(ray_deployment(root, run, config, key, replicas), name="t2i", blocking=True)
+    address = os.environ.get("RAY_ADDRESS") or None
+    with local_ray(Resources(num_workers=replicas, threads_per_worker=config.threads, ray_address=address)):
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(ray_deployment(root, run, config, key, replicas), name="t2i", blocking=True)
