@@ -74,14 +74,15 @@ def run_personalize(
 def own_stage(config: LifecycleConfig, folder: Path, name: str, changes: Mapping[str, Any]) -> DreamBoothConfig:
     """Settings of a subject of one's own: those of the run's first personalize stage, but for the subject and its length.
 
-    Without `steps` it is looked at and learnt until nothing is gained, for `LONGEST` times the stage's steps at most.
+    Without `steps` it is looked at and learnt until nothing is gained, for `LONGEST` times the stage's steps at most; one
+    that tunes text encoders takes the stage's steps.
     """
     model = config.personalize[0] if config.personalize else DreamBoothConfig()
     fresh = {"name": f"dreambooth-{name}", "subject": f"{folder.expanduser().absolute()}/", "fingerprint": None,
              "token": None, "class_word": name.replace("-", " ")}  # fmt: skip
     given = {key: value for key, value in changes.items() if value is not None}
-    if "steps" in given:
-        until, steps = None, given.pop("steps")
+    if "steps" in given or model.text is not None:
+        until, steps = None, given.pop("steps", model.train.steps)
     else:
         until, steps = (model.until or UntilLearntConfig()).model_dump(), round(LONGEST * model.train.steps)
     train = model.train.model_dump() | {"steps": steps}

@@ -75,8 +75,8 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
 
     watch = None
     if config.until is not None:
-        seen = around if text is None else replace(around, encode=text.text)
-        watch = watch_of(config, ctx, denoiser, base, Asked(subject.captions, instance.images, seen), data.set.captions)
+        asked = Asked(subject.captions, instance.images)
+        watch = watch_of(config, ctx, denoiser, base, asked, data.set.captions)
     shown = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
     facts = run_training(
         objective, batches, config.train, ctx, model_of, card, [] if text is not None else shown, watch

@@ -25,7 +25,7 @@ from models.personalization.config import TextTuningConfig
 from models.personalization.dreambooth import Pictures, mixed_batches
 from models.personalization.lora import add_lora, merge
 from models.personalization.pivotal import PivotalDreamBooth
-from models.personalization.text_tuning import TextTuning, save_rows, stock
+from models.personalization.text_tuning import TextTuning, save_rows, stock, tunes_text
 from models.pretraining.config import TimestepConfig
 
 WORDS = ("rex", "rex_1")
@@ -197,6 +197,7 @@ def test_the_file_comes_back_and_half_of_it_is_refused(trained, sd3_folder, tmp_
     learning = trained[1]
     adapter = lora_files.from_module(learning.denoiser.transformer, {})
     lora_files.save_diffusers(adapter, tmp_path, learning.text.adapters())
+    assert tunes_text(tmp_path)
     net = sd3.load(sd3_folder / "transformer").transformer
     with pytest.raises(ValueError, match=r"text_encoder\.text_model.* is for text_encoder, which the base at hand"):
         lora_import.read(tmp_path, net)
@@ -212,8 +213,10 @@ def test_the_file_comes_back_and_half_of_it_is_refused(trained, sd3_folder, tmp_
     save_file({name: value for name, value in broken.items() if name != key}, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="B is not; the file is incomplete"):
         lora_import.read_with_text(tmp_path / "half.safetensors", net, encoders)
-    save_rows(tmp_path, WORDS, learning.text.rows())
     lora_files.save_diffusers(adapter, tmp_path)
+    assert not tunes_text(tmp_path)
+    save_rows(tmp_path, WORDS, learning.text.rows())
+    assert tunes_text(tmp_path)
     with pytest.raises(ValueError, match=r"learned_embeds.safetensors .*; take the checkpoint"):
         lora_import.read(tmp_path, net)
 

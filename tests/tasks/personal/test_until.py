@@ -1,8 +1,10 @@
 """A subject that is learnt until nothing more is gained, through the stage function, at toy size with the real text encoder."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from infra.errors import ConfigError
 from models.personalization import lora_files
 
 UNTIL = {"every": 2, "patience": 1, "gain": 2.0, "pictures": 2}  # no look can gain as much
@@ -28,3 +30,10 @@ def test_drift_that_is_too_great_leaves_the_base(places, pictures_of, learn) -> 
         load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (places["init"], out)
     )
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+
+
+def test_text_that_moves_too_is_refused(pictures_of, learn) -> None:
+    with pytest.raises(
+        ConfigError, match="until takes back weights of the denoiser alone, and text moves others; set one"
+    ):
+        learn("dreambooth-toy", pictures_of(), train=TRAIN, until=UNTIL, text={})
