@@ -22,7 +22,7 @@ from infra.storage import Store, open_store
 from models.networks.config import LoraConfig
 from models.personalization.config import DreamBoothConfig, UntilLearntConfig
 
-LONGEST = 2  # times the steps of the run's own subject that another one may take
+LONGEST = 1.85  # times the steps of the run's own subject that another one may take
 
 if TYPE_CHECKING:
     from models.posttraining.prompt_enhancement import Enhanced

@@ -61,7 +61,7 @@ class TextTuningConfig(Config):
 class UntilLearntConfig(Config):
     """When DreamBooth ends before `train.steps`, which are then the most."""
 
-    every: int = Field(default=40, ge=1, description="Steps between looks")
+    every: int = Field(default=60, ge=1, description="Steps between looks")
     patience: int = Field(default=2, ge=1, description="Looks that together must gain so much, or it ends")
     gain: float = Field(default=0.01, ge=0, description="Least gain of similarity to the subject's own pictures")
     max_drift: float = Field(default=0.05, gt=0, description="Change of the velocity for ordinary prompts that ends it")

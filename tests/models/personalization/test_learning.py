@@ -61,14 +61,17 @@ def run(tiny, batches, folder, steps: int = 8, kill: int | None = None, **settin
 def test_similarity_is_the_greatest_cosine_of_centred_features(tiny, batches) -> None:
     watch, _, own, plain = set_up(tiny, batches)
 
-    def features(images: torch.Tensor) -> list[torch.Tensor]:
-        eps = Randomness(0, 0, (0,)).normal("features", tuple(images.shape[1:]))[0]
-        rows = [(0.75 * image + 0.25 * eps).unsqueeze(0) for image in images]
+    def hidden(image: torch.Tensor) -> torch.Tensor:
+        eps = Randomness(0, 0, (0,)).normal("features", tuple(image.shape))[0]
+        x_t = (0.75 * image + 0.25 * eps).unsqueeze(0)
         with torch.no_grad():
-            return [
-                watch.base.predict(x, torch.tensor([0.25]), *watch.null, watch.base.depth // 2)[1][0].mean(0)
-                for x in rows
-            ]
+            return watch.base.predict(x_t, torch.tensor([0.25]), *watch.null, watch.base.depth // 2)[1][0]
+
+    everywhere = torch.cat([hidden(image) for image in plain.images])
+    mean, spread = everywhere.mean(0), everywhere.std(0)
+
+    def features(images: torch.Tensor) -> list[torch.Tensor]:
+        return [((hidden(image) - mean) / spread).max(0).values for image in images]
 
     centre = torch.stack(features(plain.images)).mean(0)
     drawn, real = features(plain.images[:2]), features(own.images)
