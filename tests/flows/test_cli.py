@@ -181,7 +181,7 @@ def test_a_subject_of_ones_own_takes_the_settings_of_the_runs_first(tmp_path):
     assert stage.until is None
     looking = own_stage(config, tmp_path, "my-dog", {})
     assert looking.class_word == "my dog"
-    assert (looking.train.steps, looking.until) == (7, UntilLearntConfig())
+    assert (looking.train.steps, looking.until) == (6, UntilLearntConfig())
     specs = {spec.name: spec for spec in own_specs(config, stage, "dpo")}
     assert list(specs) == ["dreambooth-my-dog-pictures", "dreambooth-my-dog", "dreambooth-my-dog-export"]
     assert specs["dreambooth-my-dog"].inputs == {
