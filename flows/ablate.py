@@ -7,10 +7,9 @@ third arm, `timed`, repeats `without` with as many steps as `with` had time for.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from infra.config import parse
 from infra.errors import ConfigError
 from infra.provenance import provenance
 from infra.stages import StageSpec
+from models.evaluation.intervals import T_95, paired
 from models.pretraining.config import FlowMatchingConfig
 from tasks.catalog import spec_of
 
@@ -36,7 +36,6 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tread": ({"tread": {"share": 0.5, "first": 2, "last": 2}}, {}),
     "curriculum": ({"repa": None}, {"select.resolutions": [32, 40], "select.shares": [0.5, 0.5], "repa": None}),
 }
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 
 def changed(stage: FlowMatchingConfig, changes: Mapping[str, Any], share: float) -> FlowMatchingConfig:
@@ -111,14 +110,6 @@ def summary(
         "equal_time": paired(values["with"], values["timed"]),
         "seconds": {name: [round(spent[name, seed], 2) for seed in range(seeds)] for name in ("with", "without")},
     }  # fmt: skip
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Mean difference with its 95 % t-interval over the seeds."""
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(gaps)
-    half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return {"difference": round(mean, 5), "low": round(mean - half, 5), "high": round(mean + half, 5)}
 
 
 def _run(config: LifecycleConfig, specs: list[StageSpec], switch: str, display: Display) -> Run:

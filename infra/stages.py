@@ -52,6 +52,9 @@ class Resources(Config):
     )  # fmt: skip
 
 
+DEVICE_VARIABLE = "T2I_DEVICE"  # how a process is told its `Resources.device`
+
+
 class StageSpec(Config):
     """Everything needed to run one stage anywhere; it is written as JSON beside the run."""
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from infra.stages import StageContext
 from models.engine.distribute import world
-from models.engine.loop import train, write_metrics
-from models.engine.objective import Batch
+from models.engine.loop import train
+from models.engine.objective import Batch, write_metrics
 from models.engine.weights import with_weights
 from models.networks.checkpoint import SamplingCard
 from models.networks.codec import Vae

@@ -57,7 +57,8 @@ def networks(config: DistillConfig, ctx: StageContext, data: TrainingData) -> Ne
     schedule = Schedule(card.shift_rule, teacher.patch_size)
     student = families.load(start_folder(config, ctx), card, data.text_mean, data.text_std)
     fake = families.load(folder, card, data.text_mean, data.text_std)
-    return Networks(student, teacher, fake, data.null(), schedule)
+    tokens, mask = data.null()
+    return Networks(student, teacher, fake, (tokens.to(teacher.device), mask.to(teacher.device)), schedule)
 
 
 def start_folder(config: DistillConfig, ctx: StageContext) -> Path:
@@ -105,8 +106,8 @@ def write_extras(
         adapted = averaged(trainer, "student", nets.student)
         save_adapter(adapted, ctx.out / "adapter", {"base": ctx.parents["init"].digest})
     if isinstance(method, InstaFlowConfig) and method.reflow_share == 1:
-        batch = batches(0)
-        rng = Randomness(config.train.seed, 0, batch.slots)
+        batch = batches(0).to(nets.teacher.device)
+        rng = Randomness(config.train.seed, 0, batch.slots, nets.teacher.device)
         measured = {"teacher": nets.teacher, "student": model_of(trainer)}
         return {"straightness": {name: straightness(net, batch, rng) for name, net in measured.items()}}
     return {}

@@ -14,8 +14,8 @@ from infra.errors import DataRefused
 from infra.local_files import weights_digest
 from infra.stages import StageContext
 from models.engine.distribute import one_thread, world
-from models.engine.loop import train, write_metrics
-from models.engine.objective import Batch
+from models.engine.loop import train
+from models.engine.objective import Batch, write_metrics
 from models.engine.randomness import shuffled
 from models.engine.weights import put_weights
 from models.networks import prompt_enhancer as network

@@ -170,7 +170,7 @@ class Start:
         judge = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None
         prompts = prompts_of(config, data, around, own=judge is None)
         first = torch.arange(min(MEASURED_ON, prompts.trained))
-        asked = prompts.batch(first, first.tolist(), config.prompts.side)
+        asked = prompts.batch(first, first.tolist(), config.prompts.side).to(denoiser.device)
         pictures = drawn(denoiser, asked, sampling, card.steps, config.train.seed)
         rewards = tuple(
             Weighted(Measured.on(reward_of(term, judge, prompts, ctx), pictures, asked), term.weight)
@@ -205,14 +205,14 @@ def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser, arou
     """As the card says; the empty prompt without its padding."""
     tokens, mask = data.null()
     used = int(mask.sum())
-    null = (tokens[:, :used], mask[:, :used])
+    null = (tokens[:, :used].to(denoiser.device), mask[:, :used].to(denoiser.device))
     return Sampling(null, card.guidance, card.shift_rule, denoiser.patch_size, around.codec, card.scheduler)
 
 
 @torch.no_grad()
 def drawn(net: Denoiser, asked: Batch, sampling: Sampling, steps: int, seed: int) -> torch.Tensor:
     """Pictures [B, 3, H, W] in [-1, 1]."""
-    noise = Randomness(seed, 0, asked.slots).normal("measured", tuple(asked.images.shape[1:]))
+    noise = Randomness(seed, 0, asked.slots, net.device).normal("measured", tuple(asked.images.shape[1:]))
     return sampling.pictures(sampling.follow(net, noise, sampling.times(steps, noise), asked))
 
 
@@ -240,7 +240,7 @@ def guard_of(
 ) -> Guard:  # fmt: skip
     """The guard on prompts that are not trained on; a reward of the hub watches, or the shape judge."""
     rows = torch.arange(prompts.trained, prompts.trained + config.prompts).repeat_interleave(config.seeds)
-    asked = prompts.batch(rows, range(len(rows)), card.side)
+    asked = prompts.batch(rows, range(len(rows)), card.side).to(denoiser.device)
     held_out: Reward
     features: Callable[[torch.Tensor], torch.Tensor]
     if config.held_out is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+from infra.stages import DEVICE_VARIABLE
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -12,7 +15,8 @@ R = TypeVar("R")
 CHUNKS_PER_CPU = 4
 
 
-def _apply(function: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
+def _apply(function: Callable[[T], R], chunk: Sequence[T], device: str) -> list[R]:
+    os.environ[DEVICE_VARIABLE] = device
     return [function(item) for item in chunk]
 
 
@@ -23,14 +27,14 @@ def ray_fan_out(function: Callable[[T], R], items: Sequence[T], /, num_cpus: int
 
     size = max(1, math.ceil(len(items) / (CHUNKS_PER_CPU * num_cpus)))
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    remote = ray.remote(num_cpus=1)(_apply)
+    remote, device = ray.remote(num_cpus=1)(_apply), os.environ.get(DEVICE_VARIABLE, "auto")
     running: dict[Any, int] = {}
     results: dict[int, list[R]] = {}
     try:
         for number, chunk in enumerate(chunks):
             if len(running) >= num_cpus:
                 _collect(ray, running, results)
-            running[remote.remote(function, chunk)] = number
+            running[remote.remote(function, chunk, device)] = number
         while running:
             _collect(ray, running, results)
     except BaseException as error:

@@ -162,6 +162,7 @@ class TrainingGroup:
 
         self.resources, self.catalog, self.storage = resources, catalog, storage
         self.functions = functions  # imported by the workers before their first job
+        self.use_gpu = uses_gpu(resources)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(
             Mailbox
@@ -203,13 +204,12 @@ class TrainingGroup:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        use_gpu = uses_gpu(self.resources)
-        per_worker = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+        per_worker = {"CPU": 1.0, "GPU": 1.0} if self.use_gpu else {"CPU": 1.0}
         trainer = TorchTrainer(
             serve_jobs,
             train_loop_config={"mailbox": self.mailbox, "catalog": self.catalog, "functions": self.functions},
             scaling_config=ScalingConfig(
-                num_workers=self.resources.num_workers, use_gpu=use_gpu, resources_per_worker=per_worker
+                num_workers=self.resources.num_workers, use_gpu=self.use_gpu, resources_per_worker=per_worker
             ),
             run_config=RunConfig(
                 name=f"t2i-{uuid.uuid4().hex[:12]}",
@@ -234,9 +234,19 @@ def _artifact(job: Job, outcome: dict[str, Any]) -> Artifact:
 
 
 def uses_gpu(resources: Resources) -> bool:
-    """Whether workers ask for a GPU: as told, or, with `auto`, when the Ray cluster has one."""
-    if resources.device == "auto":
-        import ray
+    """Whether workers ask for a GPU each: as told, or, with `auto`, when the Ray cluster has one for every worker."""
+    if resources.device == "cpu":
+        return False
+    import ray
 
-        return bool(ray.cluster_resources().get("GPU", 0))
-    return resources.device == "cuda"
+    found, wanted = int(ray.cluster_resources().get("GPU", 0)), resources.num_workers
+    if found < wanted and resources.device == "cuda":
+        raise ConfigError(
+            f"num_workers={wanted} need a GPU each, but Ray has {found}; set run.resources.num_workers to at most {found}, "
+            "or device to cpu"
+        )
+    if 0 < found < wanted:
+        log.warning(
+            "num_workers=%d but %d GPUs: training on the CPU; set num_workers to at most %d", wanted, found, found
+        )
+    return found >= wanted

@@ -13,8 +13,8 @@ from data_curation.dataset import Batch as Rows
 from infra.errors import ConfigError, DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
-from models.engine.loop import train, write_metrics
-from models.engine.objective import Batch
+from models.engine.loop import train
+from models.engine.objective import Batch, write_metrics
 from models.engine.randomness import Randomness, derive_seed, shuffled
 from models.engine.weights import put_weights
 from models.evaluation.intervals import wilson
@@ -142,8 +142,9 @@ def batches_of(pairs: Pairs, curated: Curated | None, config: RewardModelConfig)
 @torch.no_grad()
 def scored(scorer: Scorer, pictures: torch.Tensor, text: torch.Tensor) -> np.ndarray:
     """Scores [N]."""
+    device = scorer.text_mean.device
     parts = zip(pictures.split(CHUNK), text.split(CHUNK), strict=True)
-    return torch.cat([scorer(*part) for part in parts]).numpy()
+    return torch.cat([scorer(seen.to(device), asked.to(device)) for seen, asked in parts]).cpu().numpy()
 
 
 def reward_model(config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from infra.errors import LifecycleError
 from infra.logging import stage_log
 from infra.memory import forget_peak_memory, peak_memory
 from infra.provenance import provenance
-from infra.stages import FanOut, Resources, StageContext, StageSpec, fan_out_here, stage_key
+from infra.stages import DEVICE_VARIABLE, FanOut, Resources, StageContext, StageSpec, fan_out_here, stage_key
 from infra.storage import Store
 from tasks.catalog import Catalog, stage_function
 
@@ -115,7 +115,7 @@ def perform(
         progress=lambda done, total, metrics: report(spec.name, done, total, metrics),
         fan_out=fan_out,
     )
-    _use_threads(job)
+    _use_resources(job)
     forget_peak_memory()
     started = time.perf_counter()
     remote = store.remote_work(spec.name, job.key, work) if spec.runs == "train" else None
@@ -159,8 +159,9 @@ def _call(spec: StageSpec, run: Callable[..., dict[str, Any]], config: Config, c
     return facts
 
 
-def _use_threads(job: Job) -> None:
-    """Training computes with the threads it was given; other stages with all of the run's threads."""
+def _use_resources(job: Job) -> None:
+    """Training computes with the threads it was given, other stages with all of the run's; all on the run's device."""
+    os.environ[DEVICE_VARIABLE] = job.resources.device
     threads = job.resources.threads_per_worker
     if job.spec.runs == "local":
         threads *= job.resources.num_workers

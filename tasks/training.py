@@ -17,8 +17,9 @@ from infra.errors import ConfigError
 from infra.stages import StageContext
 from models.engine.config import TrainConfig
 from models.engine.distribute import world
-from models.engine.loop import Trainer, Watch, train, write_metrics
-from models.engine.objective import Batch, Objective
+from models.engine.loop import Trainer, train
+from models.engine.objective import Batch, Objective, write_metrics
+from models.engine.watch import Watch
 from models.engine.weights import with_weights
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint

@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 
 import torch
 
+from models.device import compute_device
 from models.distillation.add import AdversarialDistillation
 from models.distillation.conditioning import ConditionedDenoiser, ScalarEmbedding, folded
 from models.distillation.config import (
@@ -164,7 +165,7 @@ def _add(config: DistillConfig, method: AddConfig, nets: Networks) -> Plan:
     critic = Critic(CHANNELS if pixels else (nets.width,), nets.text_dim, config.train.seed)
     rates = {"critic": scaled(config.train.optimizer, method.critic_rate, ADVERSARIAL_BETAS)}
     objective = AdversarialDistillation(
-        nets.student, nets.teacher, critic, ImageEncoder() if pixels else None, nets.null, method, config.student_steps,
+        nets.student, nets.teacher, critic, ImageEncoder().to(compute_device()) if pixels else None, nets.null, method, config.student_steps,
         config.guidance, nets.schedule, rates,
     )  # fmt: skip
     return Plan(objective, _plain(nets), "renoise", sub_grids(config.student_steps))

@@ -41,7 +41,7 @@ class ConditionedDenoiser(nn.Module):
 
     def __init__(self, denoiser: Denoiser, embedding: ScalarEmbedding) -> None:
         super().__init__()
-        self.denoiser, self.embedding = denoiser, embedding
+        self.denoiser, self.embedding = denoiser, embedding.to(denoiser.text_mean.device)
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, scalar: torch.Tensor
@@ -62,5 +62,5 @@ def folded(denoiser: Denoiser, embedding: ScalarEmbedding, scalar: float) -> Den
     """The plain denoiser for one value of the scalar."""
     clone = copy.deepcopy(denoiser)
     bias = clone.time_bias
-    bias.add_(embedding(torch.tensor([scalar], dtype=bias.dtype))[0])
+    bias.add_(embedding(bias.new_tensor([scalar]))[0])
     return clone

@@ -78,7 +78,7 @@ class DistributionMatching:
 
     def _time(self, i: int, images: torch.Tensor) -> torch.Tensor:
         """The student's i-th time [B], from 1 down."""
-        return self.schedule.at(torch.full((len(images),), self.steps - i), self.steps, images)
+        return self.schedule.at(images.new_full((len(images),), self.steps - i), self.steps, images)
 
     def _generate(self, x: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
         x_0: torch.Tensor

@@ -12,6 +12,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import nn
 
+from models.device import compute_device
 from models.distillation.config import Perceptual
 from models.networks.image_encoder import ImageEncoder
 
@@ -49,7 +50,7 @@ def distance_of(name: Perceptual) -> Distance:
     """The distance asked for, or an error that says what to install."""
     match name:
         case "efficientnet_lite0":
-            return FeatureDistance(ImageEncoder())
+            return FeatureDistance(ImageEncoder()).to(compute_device())
         case "lpips":
             try:
                 import lpips  # type: ignore[import-not-found]
@@ -58,7 +59,7 @@ def distance_of(name: Perceptual) -> Distance:
                     "perceptual loss lpips: the package and its weights are not installed; run: pip install lpips, or "
                     "choose efficientnet_lite0 (the same formula on the packaged encoder)"
                 ) from error
-            net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+            net = lpips.LPIPS(net="vgg", verbose=False).to(compute_device()).eval().requires_grad_(False)
             return lambda x, y: net(x, y).flatten()
         case _:
             assert_never(name)

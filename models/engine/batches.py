@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from models.device import compute_device
 from models.engine.objective import Batch
 
 AHEAD = 2  # batches per thread
@@ -25,11 +26,15 @@ def loaded(batches: Callable[[int], Batch], threads: int, last: int) -> Iterator
         return
     pending: dict[int, Future[Batch]] = {}
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    pin = compute_device().type == "cuda"
+
+    def made(place: int) -> Batch:
+        return batches(place).pinned() if pin else batches(place)
 
     def fetch(step: int) -> Batch:
         for place in range(step, min(last, step + 1 + AHEAD * threads)):
             if place not in pending:
-                pending[place] = pool.submit(batches, place)
+                pending[place] = pool.submit(made, place)
         return pending.pop(step).result()
 
     try:

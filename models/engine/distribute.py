@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from models.device import compute_device
+
 
 def world() -> tuple[int, int]:
     """(rank, number of workers); (0, 1) when torch.distributed is not initialised."""
@@ -54,7 +56,7 @@ def average_scalars(values: dict[str, float]) -> dict[str, float]:
     _, workers = world()
     if workers == 1 or not values:
         return values
-    flat = torch.tensor(list(values.values()), dtype=torch.float64)
+    flat = torch.tensor(list(values.values()), dtype=torch.float64, device=compute_device())
     dist.all_reduce(flat)
     return {name: float(v) / workers for name, v in zip(values, flat, strict=True)}
 

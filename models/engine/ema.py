@@ -39,7 +39,7 @@ class PowerEma:
     def load(self, average: Mapping[str, torch.Tensor], module: nn.Module) -> None:
         """Go on from a stored average, this worker keeping its parts of the module's cut weights."""
         likes = dict(module.named_parameters())
-        self.average = {name: cut(value, likes[name]) for name, value in average.items()}
+        self.average = {name: cut(value.to(likes[name].device), likes[name]) for name, value in average.items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

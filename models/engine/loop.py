@@ -7,18 +7,18 @@ started again continues from its last checkpoint with the same numbers to the bi
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from infra.config import versioned
+from models.device import compute_device
 from models.engine.batches import loaded, parts_of
 from models.engine.config import TrainConfig
 from models.engine.distribute import average_gradients, average_scalars, barrier, broadcast_parameters, world
@@ -29,6 +29,7 @@ from models.engine.optim import PlayerOptimizer
 from models.engine.randomness import Randomness
 from models.engine.shard import gathered, hollow, is_cut, prepare_blocks, shard_blocks
 from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
+from models.engine.watch import Watch
 from models.engine.weights import put_weights, trainable_tensors
 
 MAX_SKIPPED = 20
@@ -42,27 +43,6 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
 
 
-class Watch(Protocol):
-    """Looks at a run from outside before the first step, every so many steps and after the last; may end it."""
-
-    @property
-    def every(self) -> int:
-        """Steps between looks."""
-
-    @property
-    def ended(self) -> bool:
-        """True once it has ended the run."""
-
-    def look(self, trainer: Trainer) -> None:
-        """Judge the present weights; may replace them when it ends the run."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What it remembers, for the checkpoint."""
-
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of `state`."""
-
-
 class Trainer:
     """Weights, optimizers, averages and position of one run."""
 
@@ -72,7 +52,7 @@ class Trainer:
         self.uncut: dict[str, nn.Module] = {}  # copies of cut players, without weights
         self.averages: dict[str, dict[str, torch.Tensor]] = {}  # of cut players, whole, as last gathered (rank 0)
         for name, module in self.players.items():
-            broadcast_parameters(module)
+            broadcast_parameters(module.to(compute_device()))
             self._prepare(name, module)
         self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.players.items()}
         own = getattr(objective, "optimizers", {})  # a player may have settings of its own
@@ -86,7 +66,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.rows: list[dict[str, float]] = []
-        self.meter = Meter()
+        self.meter = Meter(torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
         """Compile, recompute and cut the blocks of a player, as the settings say."""
@@ -194,10 +174,18 @@ class Trainer:
     def _backward(self, name: str, part: Batch) -> dict[str, float]:
         """Add one part's gradient; its share of the numbers for the log."""
         count = self.config.accumulate
-        with torch.autocast(part.images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self.autocast(part):
             loss = self.objective.loss(name, part)
         torch.autograd.backward(loss.total if count == 1 else loss.total / count)
         return loss.numbers(count)
+
+    def autocast(self, batch: Batch) -> AbstractContextManager[object]:
+        """bfloat16 in matrix products, where the settings ask for it."""
+        return (
+            torch.autocast(batch.images.device.type, torch.bfloat16)
+            if self.config.precision == "bf16"
+            else nullcontext()
+        )
 
     def _count_skipped(self, name: str, moved: bool, batch: Batch) -> None:
         """Name the rows behind a gradient that is not finite; end the run where the settings say so."""
@@ -238,14 +226,14 @@ def train(
     trainer = Trainer(objective, config, scratch / "checkpoints", watch)
     if not trainer.resume() and watch is not None:
         watch.look(trainer)
-    started, window, meter = time.perf_counter(), dict[str, list[float]](), trainer.meter
+    started, window, meter, device = time.perf_counter(), dict[str, list[float]](), trainer.meter, compute_device()
     with loaded(batches, config.loader_threads, config.steps) as fetch:
         while not trainer.done:
             step = trainer.step
             with meter.spent("data"):
-                batch = fetch(step)
+                batch = fetch(step).to(device)
             with meter.spent("step"):
-                prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots))
+                prepared = objective.prepare(batch, Randomness(config.seed, step, batch.slots, device))
                 for key, value in trainer.move(prepared).items():
                     window.setdefault(key, []).append(value)
             meter.counted(batch, partial(losses_again, trainer, prepared))
@@ -270,8 +258,9 @@ def losses_again(trainer: Trainer, batch: Batch) -> None:
     """The forward pass of a step once more, where it has no side effects (`pure_loss`) and needs no other worker."""
     objective = trainer.objective
     if getattr(objective, "pure_loss", False) and not trainer.uncut:
-        for name in objective.players:
-            objective.loss(name, batch)
+        with trainer.autocast(batch):
+            for name in objective.players:
+                objective.loss(name, batch)
 
 
 def _look_and_keep(
@@ -293,8 +282,3 @@ def _look_and_keep(
                 save_state(scratch / "snapshots" / str(step), step, averages, {"gammas": SNAPSHOT_GAMMAS})
         if step % config.checkpoint_every == 0 and not last:  # after all else: who goes on from it lacks nothing
             trainer.save()
-
-
-def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """The log as one JSON object a line."""
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

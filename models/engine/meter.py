@@ -15,16 +15,18 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.device import compute_device
 from models.engine.objective import Batch
 
-PEAK_SIDE = 1024
+PEAK_SIDES = {"cpu": 1024, "cuda": 8192}
 PEAK_ROUNDS = 3
 
 
 class Meter:
-    """Seconds by what they were spent on, and the arithmetic done in them."""
+    """Seconds by what they were spent on, and the arithmetic done in them, in the matrix type `dtype`."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.seconds: dict[str, float] = defaultdict(float)
         self.samples = self.steps = 0
         self.flops = 0.0
@@ -45,7 +47,8 @@ class Meter:
         self.samples, self.steps = self.samples + len(batch.slots), self.steps + 1
         shape = (*batch.images.shape, batch.tokens.shape[1])
         if shape not in self._known:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            eager = torch.compiler.set_stance("force_eager")  # compiled blocks would hide their products
+            with eager, torch.no_grad(), FlopCounterMode(display=False) as counter:
                 forward()
             self._known[shape] = 3.0 * counter.get_total_flops()
         self.flops += self._known[shape]
@@ -56,7 +59,7 @@ class Meter:
         if not self.steps:
             return {}
         if self._peak is None:
-            self._peak = matmul_peak()
+            self._peak = matmul_peak(self.dtype)
         return {
             "samples_per_second": self.samples / total,
             **({"mfu": self.flops / self.seconds["step"] / self._peak} if self.flops else {}),
@@ -66,14 +69,21 @@ class Meter:
 
 
 def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of the best of a few products of square matrices, on the present threads."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.ones(2, PEAK_SIDE, PEAK_SIDE, dtype=dtype, device=device)
+    """Floating-point operations per second of the best of a few products of square matrices, on this process's device."""
+    device = compute_device()
+    side = PEAK_SIDES.get(device.type, PEAK_SIDES["cpu"])
+    numbers = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0))  # zeros would be faster on a GPU
+    a, b = numbers.to(device, dtype)
     best = float("inf")
-    for _ in range(PEAK_ROUNDS):
+    for _ in range(PEAK_ROUNDS + 1):  # the first one wakes the library up
         began = time.perf_counter()
         _ = a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
+        settle(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * PEAK_SIDE**3 / best
+    return 2 * side**3 / best
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

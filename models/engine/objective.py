@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -33,6 +35,22 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with all its tensors there."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU fetches it beside its work."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(
+            self, images=change(self.images), tokens=change(self.tokens), mask=change(self.mask),
+            teacher=None if self.teacher is None else change(self.teacher),
+            weight=None if self.weight is None else change(self.weight),
+            extra={name: change(value) for name, value in self.extra.items()},
+        )  # fmt: skip
+
 
 @dataclass
 class Loss:
@@ -59,6 +77,11 @@ def divided(row: dict[str, float]) -> dict[str, float]:
     plain = {key: value for key, value in row.items() if not key.endswith((SUM, COUNT))}
     sums = {key.removesuffix(SUM): value for key, value in row.items() if key.endswith(SUM)}
     return plain | {key: total / row[key + COUNT] for key, total in sums.items() if row[key + COUNT]}
+
+
+def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
+    """The log as one JSON object a line."""
+    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
 class Objective(Protocol):

@@ -55,7 +55,12 @@ class PlayerOptimizer:
         if others:
             self.optimizers.append(
                 torch.optim.AdamW(
-                    others, lr=config.adamw_lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+                    others,
+                    lr=config.adamw_lr,
+                    betas=config.betas,
+                    weight_decay=config.weight_decay,
+                    fused=others[0].is_cuda,
+                    foreach=not others[0].is_cuda,
                 )
             )
         self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]

@@ -14,6 +14,7 @@ import torch
 
 GOLDEN = 0.6180339887498949
 BELOW_ONE = 1 - 2**-24
+CPU = torch.device("cpu")
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -29,6 +30,7 @@ class Randomness:
     seed: int
     step: int
     slots: tuple[int, ...]
+    device: torch.device = CPU  # where the numbers are handed out; they are drawn on the CPU
 
     def _generators(self, stream: str) -> list[torch.Generator]:
         seeds = (derive_seed(self.seed, stream, self.step, slot) for slot in self.slots)
@@ -36,11 +38,11 @@ class Randomness:
 
     def normal(self, stream: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal [len(slots), *shape], one generator a sample."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(stream)])
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(stream)]).to(self.device)
 
     def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> torch.Tensor:
         """Uniform in [0, 1) of [len(slots), *shape], one generator a sample."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(stream)])
+        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(stream)]).to(self.device)
 
     def stratified(self, stream: str) -> torch.Tensor:
         """Uniform in [0, 1) of [len(slots)], spread evenly over the global batch: one random start, golden-ratio steps.
@@ -49,7 +51,8 @@ class Randomness:
         over a small batch varies less. A slot's number does not depend on the batch size or the workers.
         """
         start = torch.rand((), generator=self.shared(stream), dtype=torch.float64)
-        return ((start + torch.tensor(self.slots, dtype=torch.float64) * GOLDEN) % 1.0).float().clamp_max(BELOW_ONE)
+        spread = (start + torch.tensor(self.slots, dtype=torch.float64) * GOLDEN) % 1.0
+        return spread.float().clamp_max(BELOW_ONE).to(self.device)
 
     def shared(self, stream: str) -> torch.Generator:
         """One generator for the whole step, the same on every worker."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from models.device import compute_device
 from models.engine.shard import cut, part_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +34,7 @@ def with_weights(module: M, weights: Mapping[str, torch.Tensor]) -> M:
     clone = copy.deepcopy(module)
     if any(p.is_meta for p in clone.parameters()):  # `hollow`
         clone.load_state_dict({name: value.clone() for name, value in weights.items()}, strict=False, assign=True)
+        clone.to(compute_device())  # cut weights are gathered in main memory
     else:
         put_weights(clone, weights)
     return clone

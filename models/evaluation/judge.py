@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ArtifactCorrupted
+from models.device import compute_device
 
 SIDE = 32
 LUMA = (0.299, 0.587, 0.114)
@@ -176,9 +177,14 @@ class Judge:
         judge = cls.build(Vocabulary(**names), **record["settings"])
         for prefix, network in (("colour.", judge.colour), ("shape.", judge.shape)):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            network.eval()
+            network.to(compute_device()).eval()
         judge.calibration = record["calibration"]
         return judge
+
+    @property
+    def device(self) -> torch.device:
+        """Where both networks are."""
+        return next(self.colour.parameters()).device
 
     @torch.inference_mode()
     def logits(self, images: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -186,7 +192,7 @@ class Judge:
         self.colour.eval(), self.shape.eval()
         colour, shape = [], []
         for start in range(0, len(images), BATCH):
-            pictures = to_float(images[start : start + BATCH])
+            pictures = to_float(images[start : start + BATCH]).to(self.device)
             colour.append(self.colour(pictures))
             shape.append(self.shape(luma_channel(pictures)))
         return _join(colour), _join(shape)
@@ -219,9 +225,9 @@ class Judge:
         """Penultimate features of the colour judge, float32 [N, F]: the space of kernel distance and diversity."""
         self.colour.eval()
         starts = range(0, len(images), BATCH)
-        parts = [self.colour.features(to_float(images[start : start + BATCH])) for start in starts]
-        return torch.cat(parts).numpy() if parts else np.zeros((0, self.settings["feature_size"]), np.float32)
+        parts = [self.colour.features(to_float(images[start : start + BATCH]).to(self.device)) for start in starts]
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, self.settings["feature_size"]), np.float32)
 
 
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from models.device import compute_device
+
 NO_VARIANCE = -30.0  # log-variance of a latent that is exact; diffusers clamps there
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderDC")
 
@@ -76,7 +78,7 @@ class Vae:
     """A frozen stock autoencoder."""
 
     def __init__(self, network: Any) -> None:
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.to(compute_device()).eval().requires_grad_(False)
         config = network.config
         self.scaling = Scaling(float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0))
         own = getattr(network, "spatial_compression_ratio", None)
@@ -87,9 +89,9 @@ class Vae:
     def moments(self, pictures: torch.Tensor) -> torch.Tensor:
         """Mean and log-variance of the posterior [B, 2C, H / f, W / f]."""
         if hasattr(self.network, "quant_conv"):
-            parameters = self.network.encode(pictures).latent_dist
+            parameters = self.network.encode(pictures.to(compute_device())).latent_dist
             return torch.cat([parameters.mean, parameters.logvar], 1)
-        latent = self.network.encode(pictures).latent
+        latent = self.network.encode(pictures.to(compute_device())).latent
         return torch.cat([latent, torch.full_like(latent, NO_VARIANCE)], 1)
 
     def x_0(self, pictures: torch.Tensor) -> torch.Tensor:

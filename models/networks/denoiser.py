@@ -77,6 +77,11 @@ class Denoiser(nn.Module):
         return T_CLAMP if self.prediction == "x_0" else T_SMALLEST
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.text_mean.device
+
+    @property
     def patch_size(self) -> int:
         """Side of a token in pixels or latents."""
         return int(self.transformer.config.patch_size)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import torch
 
+from models.device import compute_device
 from models.networks import prx, sd3, unet
 from models.networks.codec import Codec, Pixels, load_vae
 from models.networks.config import LatentPrxConfig, NetworkConfig, PrxConfig, Sd3Config, UNetConfig
@@ -72,7 +73,13 @@ def surroundings(folder: Path, card: SamplingCard) -> Surroundings:
 def build(
     config: NetworkConfig, frozen: Path | None, text_mean: torch.Tensor, text_std: torch.Tensor, side: int, seed: int
 ) -> Denoiser:
-    """A fresh denoiser for the VAE and the text encoders in `frozen` (None: pixels, packaged text)."""
+    """A fresh denoiser for the VAE and the text encoders in `frozen` (None: pixels, packaged text), on this process's device."""
+    return _built(config, frozen, text_mean, text_std, side, seed).to(compute_device())
+
+
+def _built(
+    config: NetworkConfig, frozen: Path | None, text_mean: torch.Tensor, text_std: torch.Tensor, side: int, seed: int
+) -> Denoiser:
     vae = load_vae(frozen / "vae") if frozen is not None and (frozen / "vae").is_dir() else None
     channels = 3 if vae is None else vae.channels
     match config:
@@ -97,7 +104,16 @@ def build(
 def load(
     folder: Path, card: SamplingCard, text_mean: torch.Tensor | None = None, text_std: torch.Tensor | None = None
 ) -> Denoiser:
-    """The denoiser whose network lies in `folder`; with a standardisation it is taken out of the weights (to train on)."""
+    """The denoiser whose network lies in `folder`, on this process's device.
+
+    With a standardisation it is taken out of the weights (to train on).
+    """
+    return _loaded(folder, card, text_mean, text_std).to(compute_device())
+
+
+def _loaded(
+    folder: Path, card: SamplingCard, text_mean: torch.Tensor | None, text_std: torch.Tensor | None
+) -> Denoiser:
     match card.family:
         case "prx-pixel" | "prx-latent":
             return prx.load(folder, text_mean, text_std, card.prediction)

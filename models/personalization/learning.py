@@ -53,10 +53,12 @@ class LearningWatch:
         own: torch.Tensor, ordinary: Pictures, null: tuple[torch.Tensor, torch.Tensor],
     ) -> None:  # fmt: skip
         self.config, self.adapted, self.base, self.draw = config, adapted, base, draw
-        self.ordinary, self.null = ordinary, null
-        plain = self._hidden(ordinary.images)
+        device = base.device
+        self.ordinary = Pictures(ordinary.images.to(device), ordinary.tokens.to(device), ordinary.mask.to(device))
+        self.null = (null[0].to(device), null[1].to(device))
+        plain = self._hidden(self.ordinary.images)
         self.mean, self.spread = plain.mean((0, 1)), plain.std((0, 1))
-        self.centre = self._greatest(ordinary.images).mean(0)
+        self.centre = self._greatest(self.ordinary.images).mean(0)
         self.own = self._features(own)
         self.looks: list[Look] = []
         self.best: dict[str, torch.Tensor] = {}
@@ -131,6 +133,7 @@ class LearningWatch:
     @torch.no_grad()
     def _hidden(self, pictures: torch.Tensor) -> torch.Tensor:
         """The base's hidden layer [N, L, W]."""
+        pictures = pictures.to(self.base.device)
         b, now = len(pictures), self._times(len(pictures), FEATURE_TIME)
         x_t = noised(pictures, self._noise("features", pictures[:1]).expand_as(pictures), now)
         tokens, mask = (each.expand(b, *each.shape[1:]) for each in self.null)
@@ -139,10 +142,10 @@ class LearningWatch:
         return hidden
 
     def _times(self, count: int, t: float) -> torch.Tensor:
-        return torch.full((count,), t)
+        return torch.full((count,), t, device=self.base.device)
 
     def _noise(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        return Randomness(0, 0, tuple(range(len(like)))).normal(name, tuple(like.shape[1:]))
+        return Randomness(0, 0, tuple(range(len(like))), self.base.device).normal(name, tuple(like.shape[1:]))
 
     def _restore(self, trainer: Trainer) -> None:
         put_weights(trainer.players[PLAYER], self.best)

@@ -129,4 +129,4 @@ def with_changes(denoiser: Denoiser, changes: Mapping[str, Tensor]) -> Denoiser:
     weights |= {f"{layer}.weight": weights[f"{layer}.weight"] + change for layer, change in changes.items()}
     merged = type(net).from_config(net.config)
     merged.load_state_dict(weights)
-    return denoiser.around(merged)
+    return denoiser.around(merged.to(denoiser.device))

@@ -90,8 +90,8 @@ def linear_sides(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def stock_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights and buffers of a module under their stock names, the adapters left out."""
-    state = {n: t.detach() for n, t in module.state_dict().items() if not ADAPTER_PART.search(n)}
+    """The weights and buffers of a module under their stock names, the adapters left out, in main memory as adapters are."""
+    state = {n: t.detach().cpu() for n, t in module.state_dict().items() if not ADAPTER_PART.search(n)}
     return {name.replace(".base_layer.", "."): value for name, value in state.items()}
 
 

@@ -59,13 +59,13 @@ def rarest(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], class_wo
 def responses_of(generator: Generator, class_word: str, tokens: Sequence[str]) -> list[float]:
     """How much each token in front of the class word changes the model's first guess from pure noise."""
     side = generator.card.side
-    noise = torch.randn((NUM_NOISES, 3, side, side), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((NUM_NOISES, 3, side, side), generator=torch.Generator().manual_seed(0)).to(generator.device)
 
     def guess(prompt: str) -> torch.Tensor:
         features, mask = generator.features([prompt])
         used = int(mask.sum())
         features, mask = features[:, :used].expand(NUM_NOISES, -1, -1), mask[:, :used].expand(NUM_NOISES, -1)
-        x_0: torch.Tensor = generator.denoiser(noise, torch.ones(NUM_NOISES), features, mask)[0]
+        x_0: torch.Tensor = generator.denoiser(noise, noise.new_ones(NUM_NOISES), features, mask)[0]
         return x_0
 
     alone = guess(f"a {class_word}")

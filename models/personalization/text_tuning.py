@@ -104,8 +104,8 @@ class TextTuning:
             each.rows.mul_((self.spread[name] / each.rows.std()) ** PULL)
 
     def rows(self) -> dict[str, torch.Tensor]:
-        """Rows [K, D] by encoder."""
-        return {name: each.rows.detach().clone() for name, each in self.tables.items()}
+        """Copies of the rows [K, D] by encoder, in main memory."""
+        return {name: each.rows.detach().cpu().clone() for name, each in self.tables.items()}
 
     def adapters(self) -> dict[str, Adapter]:
         """LoRA by encoder; empty without one."""
@@ -115,7 +115,7 @@ class TextTuning:
     def save(self, folder: Path) -> None:
         """Write encoders and tokenizers as stock folders, the rows in their tables and the LoRA merged."""
         for name, (encoder, tokenizer) in self.text.towers.items():
-            stock(encoder).save_pretrained(folder / name)
+            stock(encoder).cpu().save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name.replace("encoder", "tokenizer").removeprefix("text_"))
         forget_paths(folder)
 

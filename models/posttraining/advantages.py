@@ -24,7 +24,7 @@ Unit = Literal["group", "batch"]
 def gathered(values: torch.Tensor, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """All workers' values [R, N] in the order of the slots of the global batch, and where this worker's [B] lie."""
     _, workers = world()
-    places = torch.tensor(slots)
+    places = torch.tensor(slots, device=values.device)
     if workers > 1:
         every, theirs = ([torch.empty_like(x) for _ in range(workers)] for x in (values, places))
         dist.all_gather(every, values.contiguous())

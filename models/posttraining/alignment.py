@@ -22,24 +22,26 @@ REACH = 2  # pixels
 def info_nce(logits: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
     """Mean of both directions over scores [B, B] of pictures (rows) under prompts; equal numbers in `caption` [B] are no foes."""
     size = len(logits)
-    twins = (caption[:, None] == caption) & ~torch.eye(size, dtype=torch.bool)
-    logits, right = logits.masked_fill(twins, NEVER), torch.arange(size)
+    twins = (caption[:, None] == caption) & ~torch.eye(size, dtype=torch.bool, device=logits.device)
+    logits, right = logits.masked_fill(twins, NEVER), torch.arange(size, device=logits.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
 def varied(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The pictures with changes that make them neither right nor wrong: moved by up to two pixels, mild blur, noise."""
+    device, pictures = pictures.device, pictures.cpu()  # where the generator is
     b, _, h, w = pictures.shape
     moves = torch.randint(-REACH, REACH + 1, (2, b, 1, 1), generator=generator)
     rows, columns = torch.arange(h).view(1, h, 1), torch.arange(w).view(1, 1, w)
     moved = corrupt.gather_pixels(pictures, rows + moves[0] + 0 * columns, columns + moves[1] + 0 * rows)
     moved = corrupt.gaussian_blur(moved, corrupt.uniform(0.01, 0.5, (b,), generator))
     noise = torch.randn(moved.shape, generator=generator) * corrupt.uniform(0, 0.1, (b, 1, 1, 1), generator)
-    return (moved + noise).clamp(-1, 1)
+    return (moved + noise).clamp(-1, 1).to(device)
 
 
 def spoilt(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Every picture broken: a quarter shines through another one, the rest shuffled, displaced, coarse, warped or blurred."""
+    device, pictures = pictures.device, pictures.cpu()  # where the generator is
     ghosts = max(1, len(pictures) // 4)
     away = int(torch.randint(1, max(2, len(pictures)), (1,), generator=generator))  # never the picture itself
     others = pictures.roll(away, 0)[:ghosts]
@@ -57,4 +59,4 @@ def spoilt(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     for place, part in enumerate(torch.tensor_split(pictures[ghosts:], len(kinds))):
         if len(part):
             broken.append(kinds[(start + place) % len(kinds)](part))
-    return torch.cat(broken)
+    return torch.cat(broken).to(device)

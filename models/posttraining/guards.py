@@ -149,7 +149,7 @@ class Guard:
         latents, pictures, trained, held_out = [], [], [], []
         for start in range(0, len(watched.asked.slots), CHUNK):
             part = rows(watched.asked, slice(start, start + CHUNK))
-            noise = Randomness(0, 0, part.slots).normal("guard", tuple(part.images.shape[1:]))
+            noise = Randomness(0, 0, part.slots, net.device).normal("guard", tuple(part.images.shape[1:]))
             times = watched.sampling.times(watched.steps, noise)
             x_0 = watched.sampling.codec.settled(watched.sampling.follow(net, noise, times, part))
             drawn = watched.sampling.pictures(x_0)
@@ -170,7 +170,7 @@ class Guard:
             for start in range(0, len(asked.slots), CHUNK):
                 part = rows(asked, slice(start, start + CHUNK))
                 now = x_0.new_full((len(part.slots),), t)
-                eps = Randomness(0, 0, part.slots).normal(f"drift {t}", tuple(x_0.shape[1:]))
+                eps = Randomness(0, 0, part.slots, net.device).normal(f"drift {t}", tuple(x_0.shape[1:]))
                 x_t = noised(x_0[start : start + CHUNK], eps, now)
                 own, base = (velocity_at(n, x_t, now, part) for n in (net, self.start))
                 changed, size = changed + float((own - base).square().sum()), size + float(base.square().sum())

@@ -98,9 +98,10 @@ class JudgeReward:
 
     def __init__(self, judge: Judge, scenes: Sequence[SceneLike], part: Literal["colour", "shape"] = "colour") -> None:
         self.network = (judge.colour if part == "colour" else judge.shape).eval().requires_grad_(False)
+        device = judge.device
         self.part, self.scenes = part, scenes
-        self.truth = judge.vocabulary.labels(scenes)
-        self.double = torch.tensor([scene.layout in PAIRS for scene in scenes])
+        self.truth = {head: labels.to(device) for head, labels in judge.vocabulary.labels(scenes).items()}
+        self.double = torch.tensor([scene.layout in PAIRS for scene in scenes], device=device)
         self.card = RewardCard(f"judge-{part}", LOWEST, 0.0, "trained" if part == "colour" else "held_out")
 
     def __call__(self, pictures: torch.Tensor, asked: Batch) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from infra.errors import ArtifactCorrupted
+from models.device import compute_device
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
 from models.networks.discriminator import text_vector
@@ -118,7 +119,7 @@ class BradleyTerry:
 
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Whether preferences count yet; with alignment small changes to every picture, and curated ones spoilt."""
-        batch = replace(batch, weight=torch.full((len(batch.slots),), float(rng.step >= self.after)))
+        batch = replace(batch, weight=batch.images.new_full((len(batch.slots),), float(rng.step >= self.after)))
         if not self.alignment:
             return batch
         generator, extra = rng.shared("reward pictures"), dict(batch.extra)
@@ -157,7 +158,7 @@ class RewardModel:
     """A trained scorer: a reward that needs nothing but picture and prompt."""
 
     def __init__(self, scorer: Scorer, mean: float, sigma: float) -> None:
-        self.scorer, self.mean, self.sigma = scorer.eval().requires_grad_(False), mean, sigma
+        self.scorer, self.mean, self.sigma = scorer.to(compute_device()).eval().requires_grad_(False), mean, sigma
         self.card = RewardCard("reward-model", -10.0, 10.0, "trained")
 
     def __call__(self, pictures: torch.Tensor, asked: Batch) -> torch.Tensor:

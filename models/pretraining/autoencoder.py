@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.device import compute_device
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
 from models.pretraining.config import AutoencoderConfig
@@ -74,9 +75,9 @@ def measure(vae: Any, batches: Callable[[int], Batch], steps: int, seed: int) ->
     """Mean and deviation of drawn latents, written into the VAE's config as shift and scale, and the PSNR in dB."""
     drawn, errors = [], []
     for step in range(steps):
-        batch = batches(step)
+        batch = batches(step).to(compute_device())
         posterior = vae.encode(batch.images).latent_dist
-        eps = Randomness(seed, step, batch.slots).normal("measure", tuple(posterior.mean.shape[1:]))
+        eps = Randomness(seed, step, batch.slots, compute_device()).normal("measure", tuple(posterior.mean.shape[1:]))
         drawn.append((posterior.mean + posterior.std * eps).flatten())
         errors.append((vae.decode(posterior.mean).sample.clamp(-1, 1) - batch.images).square().mean())
     latents = torch.cat(drawn).double()

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
+from models.device import compute_device
 from models.networks.image_encoder import CHANNELS, ImageEncoder
 from models.pretraining.repa import Teacher
 
@@ -30,7 +31,7 @@ class PackagedTeacher:
     """EfficientNet-Lite0's 40 channels, one vector per 4 x 4 pixels."""
 
     def __init__(self) -> None:
-        self.encoder = ImageEncoder()
+        self.encoder = ImageEncoder().to(compute_device())
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -46,13 +47,13 @@ class TransformerTeacher:
 
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.model: Any = AutoModel.from_pretrained(name, revision=revision, use_safetensors=True)
-        self.model = getattr(self.model, "vision_model", self.model).eval().requires_grad_(False)
+        self.model = getattr(self.model, "vision_model", self.model).to(compute_device()).eval().requires_grad_(False)
         config = self.model.config
         if not hasattr(config, "patch_size"):
             raise ValueError(f"repa.teacher={name!r} is no vision transformer (its config has no patch_size)")
         self.patch, self.width = int(config.patch_size), int(config.hidden_size)
         mean, std = _normalisation(name, revision)
-        self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+        self.mean, self.std = (torch.tensor(x, device=compute_device()).view(1, 3, 1, 1) for x in (mean, std))
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def unshifted(u: torch.Tensor, config: TimestepConfig) -> torch.Tensor:
         case "cosmap":  # SD3 appendix: t = 1 - 1 / (tan(pi u / 2) + 1)
             return 1 - 1 / (torch.tan(math.pi / 2 * u.double()) + 1)
         case "beta":
-            return torch.from_numpy(betaincinv(*config.beta, u.double().numpy()))
+            return torch.from_numpy(betaincinv(*config.beta, u.double().cpu().numpy())).to(u.device)
         case _:
             assert_never(config.density)
 

@@ -22,8 +22,13 @@ class Validation:
     """Held-out batches and their noise, looked at every so many steps; noise goes by a picture's row."""
 
     def __init__(self, denoiser: Denoiser, batches: Sequence[Batch], every: int, seed: int) -> None:
-        self.denoiser, self.batches, self.every = denoiser, batches, every
-        self.noise = [Randomness(seed, 0, b.rows).normal("validation", tuple(b.images.shape[1:])) for b in batches]
+        self.denoiser, self.every = denoiser, every
+        self.batches = [batch.to(denoiser.device) for batch in batches]
+        self.noise = [self._noise_of(batch, seed) for batch in self.batches]
+
+    def _noise_of(self, batch: Batch, seed: int) -> torch.Tensor:
+        rng = Randomness(seed, 0, batch.rows, self.denoiser.device)
+        return rng.normal("validation", tuple(batch.images.shape[1:]))
 
     def __call__(self, step: int, last: bool) -> dict[str, float]:
         """`validation` and its eight parts; nothing between the looks."""
@@ -36,7 +41,7 @@ class Validation:
         sums = [0.0] * TIMES
         for batch, eps in zip(self.batches, self.noise, strict=True):
             for i, time in enumerate(times):
-                t = torch.full((len(eps),), time)
+                t = eps.new_full((len(eps),), time)
                 x_0, _ = self.denoiser(noised(batch.images, eps, t), t, batch.tokens, batch.mask)
                 sums[i] += float(velocity_error(x_0, batch.images, t, self.denoiser.t_clamp).sum())
         count = sum(len(eps) for eps in self.noise)

@@ -27,6 +27,6 @@ def renoise(
         x_0 = x - t * denoiser.as_velocity(prediction, x, now)
         if t_next == 0.0:
             return x_0
-        fresh = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
+        fresh = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x.device)
         x = t_next * fresh + (1.0 - t_next) * x_0
     return x

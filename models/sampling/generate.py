@@ -36,6 +36,11 @@ class Generator:
         self.others = {steps: other.eval() for steps, other in (others or {}).items()}  # weights for other step counts
         self._features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
     def features(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text features of prompts; each distinct prompt is encoded once, as long as there are not very many."""
         if len(self._features) + len(prompts) > REMEMBERED:
@@ -44,6 +49,7 @@ class Generator:
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             tokens, mask = self.around.encode(part)
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
             self._features |= {p: (tokens[i], mask[i]) for i, p in enumerate(part)}
         pairs = [self._features[p] for p in prompts]
         return torch.stack([t for t, _ in pairs]), torch.stack([m for _, m in pairs])
@@ -104,14 +110,14 @@ class Generator:
             longest = max(int(mask.sum(1).max()), int(null[1].sum()))  # padding beyond it changes rounding at most
             used = longest if num_tokens is None else num_tokens
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
             if chosen == "renoise":
                 x = renoise(denoiser, noise, times, tokens[:, :used], mask[:, :used], generators)
             else:
                 cut = (null[0][:, :used], null[1][:, :used])
                 step = heun_step if chosen == "heun" else euler_step
                 x = integrate(denoiser, noise, times, tokens[:, :used], mask[:, :used], cut, strength, step)
-            pictures.append(codec.pictures(x).numpy())
+            pictures.append(codec.pictures(x).cpu().numpy())
         return np.concatenate(pictures)
 
 
@@ -130,7 +136,7 @@ def sample_together(
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded as diffusers' image processor does."""
-    return ((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy() * 255).round().astype(np.uint8)
+    return ((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def load_generator(checkpoint: Path) -> Generator:

@@ -1,12 +1,13 @@
 import pytest
 
-from flows.ablate import ablate, arm, changed, paired
+from flows.ablate import ablate, arm, changed
 from flows.config import LifecycleConfig, PosttrainConfig
 from flows.dag import latents
 from flows.nightly import begin
 from flows.run import LogDisplay
 from infra.errors import ConfigError
 from infra.storage import open_store
+from models.evaluation.intervals import paired
 from models.networks.config import LatentPrxConfig
 from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
 from tasks.config import ModelConfig

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import LifecycleError
+from infra.errors import ConfigError, LifecycleError
 from infra.stages import Resources
 from infra.storage import open_store
 from tasks.launchers import LocalLauncher
+from tasks.ray_train import uses_gpu
 from tasks.stage import materialise
 
 FLOWS = Path(__file__).parents[1] / "flows"
@@ -65,3 +66,16 @@ def test_an_error_on_a_worker_reaches_the_driver_and_the_group_goes_on(toys, on_
     with pytest.raises(LifecycleError, match="stage 'bad' failed: ValueError"):
         all_of(on_ray, [toys.toy("bad", "train", bad)], tmp_path)
     assert all_of(on_ray, [toys.toy("good", "train")], tmp_path)["good"].stage == "good"
+
+
+@pytest.mark.parametrize(("device", "gpus", "taken"), [("auto", 2, True), ("auto", 1, False), ("auto", 0, False), ("cpu", 4, False), ("cuda", 2, True)])  # fmt: skip
+def test_workers_take_gpus_where_each_has_one(device, gpus, taken, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert uses_gpu(Resources(num_workers=2, device=device)) is taken
+    assert ("training on the CPU" in caplog.text) is (gpus == 1)
+
+
+def test_cuda_for_more_workers_than_gpus_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(ConfigError, match="num_workers=2 need a GPU each, but Ray has 1"):
+        uses_gpu(Resources(num_workers=2, device="cuda"))

@@ -1,0 +1,321 @@
+"""Pre-training's switches one by one, REPA by depth, size and stop, and the shipped recipe against a plain one; three seeds.
+
+Every arm trains the demo's network from scratch on the demo's basic pictures and is asked the held-out prompts, drawn with the
+averaged weights. Arms at equal time take as many steps as their cost on a CPU allows, which `costs` measures in turns on one
+core; REPA's teacher is paid for once a picture. So results do not depend on what else the machine that trains does.
+
+    python -m benchmarks.ablations prepare ENCODED JUDGE FOLDER   the pictures and captions it needs, from a demo's stages
+    python -m benchmarks.ablations costs FOLDER                   seconds a step of every recipe, into FOLDER/costs.json
+    python -m benchmarks.ablations run FOLDER [ARM ...]           train all arms or some, on the GPU where there is one
+
+What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.ablation_report import summarise
+from data_curation.dataset import TrainingSet
+from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
+from data_curation.manifest import write_table
+from infra.config import parse
+from models.device import compute_device
+from models.engine.loop import Trainer, train
+from models.engine.randomness import Randomness
+from models.evaluation.judge import Judge
+from models.networks import families
+from models.networks.checkpoint import SamplingCard
+from models.networks.codec import Pixels
+from models.networks.families import Surroundings
+from models.networks.image_encoder import ImageEncoder
+from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.curriculum import phases_of
+from models.pretraining.flow_matching import FlowMatching
+from models.sampling.generate import Generator
+from tasks.evaluate_prompts import Prompts, prompt_set
+from tasks.training import alignment, averaged, card_of, curriculum_batches
+from tasks.training_data import TrainingData, to_model
+
+PRESET = Path(__file__).resolve().parents[1] / "presets" / "demo.yaml"
+SEEDS = range(int(os.environ.get("T2I_ABLATION_SEEDS", "3")))
+STEPS = int(os.environ.get("T2I_ABLATION_STEPS", "1200"))
+PROCESSES = int(os.environ.get("T2I_ABLATION_PROCESSES", "1"))
+SECONDS = float(os.environ.get("T2I_ABLATION_SECONDS", "inf"))  # no arm begins after so long
+LOOKS = int(os.environ.get("T2I_ABLATION_LOOKS", "6"))
+PROMPTS = 320
+SIDES = (32, 40)
+COST_ROUNDS = 40
+
+Changes = dict[str, Any]
+PLAIN: Changes = {"timesteps.density": "uniform", "timesteps.stratified": False, "repa": None,
+                  "train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}  # fmt: skip
+FORTY: Changes = {"repa": None, "select.resolutions": [40], "sampling.side": 40}
+LARGE: Changes = {"network.hidden_size": 192, "network.depth": 6, "network.num_heads": 6}
+# arm -> (what it changes in the shipped recipe, the arm whose CPU time it must not exceed, by what share)
+ARMS: dict[str, tuple[Changes, tuple[str, float] | None]] = {
+    "shipped": ({}, None),
+    "uniform times": ({"timesteps.density": "uniform"}, None),
+    "unstratified": ({"timesteps.stratified": False}, None),
+    "no REPA": ({"repa": None}, None),
+    "no REPA, equal time": ({"repa": None}, ("shipped", 1.0)),
+    "REPA to the end": ({"repa.until": 1.0}, None),
+    "REPA late": ({"repa.layer": 3}, None),
+    "iREPA": ({"repa.projector": "conv", "repa.spatial_norm": 1.0}, None),
+    "dispersive": ({"repa.kind": "dispersive", "repa.coefficient": 0.25}, None),
+    "self-alignment": ({"repa.kind": "self", "repa.coefficient": 0.2}, None),
+    "AdamW": ({"train.optimizer.muon_lr": None}, None),
+    "AdamW, twice the rate": ({"train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}, None),
+    "AdamW, equal time": ({"train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}, ("shipped", 1.0)),
+    "TREAD": ({"tread": {"share": 0.5, "first": 1, "last": 2}}, None),
+    "TREAD, equal time": ({"tread": {"share": 0.5, "first": 1, "last": 2}}, ("shipped", 1.0)),
+    "plain": (PLAIN, None),
+    "plain, equal time": (PLAIN, ("shipped", 1.0)),
+    "shipped, .6 of plain's time": ({}, ("plain", 0.6)),
+    "40 px": (FORTY, None),
+    "40 px, no shift": (FORTY | {"timesteps.shift": "none"}, None),
+    "curriculum": (
+        FORTY | {"select.resolutions": [32], "curriculum": [
+            {"from_samples": 0},
+            {"from_samples": 0.7, "select": {"resolutions": [32, 40], "shares": [0.3, 0.7], "domains": ["basic"]}},
+        ]},
+        ("40 px", 1.0),
+    ),
+    "large": (LARGE, None),
+    "large, no REPA": (LARGE | {"repa": None}, None),
+    "large, no REPA, equal time": (LARGE | {"repa": None}, ("large", 1.0)),
+    "large, REPA to the end": (LARGE | {"repa.until": 1.0}, None),
+    "large, REPA late": (LARGE | {"repa.layer": 5}, None),
+}  # fmt: skip
+
+
+def recipe(changes: Changes, steps: int, seed: int) -> FlowMatchingConfig:
+    """The demo's first stage with these changes by dotted path, as one run of `steps` that ends at a low rate."""
+    data = yaml.safe_load(PRESET.read_text())["pretrain"][0]
+    data["repa"] |= {"teacher": "packaged"}  # made while training: a GPU has time for it, and the folder stays small
+    base = {"train.optimizer.decay_from": 0.5, "train.optimizer.final_ratio": 0.03, "train.steps": steps,
+            "train.seed": seed, "train.sample_every": None, "select.long_captions": 0.0, "select.domains": ["basic"]}  # fmt: skip
+    for path, value in {**base, **changes}.items():
+        *parents, last = path.split(".")
+        here = data
+        for part in parents:
+            here = here.setdefault(part, {})
+        here[last] = value
+    if data.get("repa") and data["repa"].get("kind", "teacher") != "teacher":
+        data["repa"].pop("teacher")
+    samples = steps * data["train"]["batch_size"]
+    for phase in data.get("curriculum", ()):
+        phase["from_samples"] = round(phase["from_samples"] * samples)
+    return parse(FlowMatchingConfig, data, "ablation")
+
+
+class StoredText:
+    """Text features of the captions of a prepared folder."""
+
+    def __init__(self, data: TrainingSet) -> None:
+        self.data, self.places = data, {caption: place for place, caption in enumerate(data.captions)}
+        self.longest = int(np.diff(load_file(data.folder / "text.safetensors")["offsets"]).max())
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and mask of prompts."""
+        tokens, mask = self.data.text([self.places[prompt] for prompt in prompts], self.longest)
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt."""
+        return int(self([prompt])[1].sum())
+
+
+class Accuracy:
+    """Held-out prompts, strictly right or not, at every look."""
+
+    def __init__(self, folder: Path, side: int) -> None:
+        self.judge, self.side = Judge.load(folder / "judge"), side
+        self.asked: Prompts = prompt_set("held_out_basic", PROMPTS, 0)
+        self.around = Surroundings(StoredText(TrainingSet.open(folder)), Pixels())
+
+    def __call__(self, trainer: Trainer, objective: FlowMatching, card: SamplingCard) -> float:
+        """Share of right pictures of the averaged weights."""
+        denoiser = averaged(trainer, "denoiser", objective.denoiser, "denoiser.")
+        generator = Generator(denoiser, card, around=self.around)
+        size = PROMPTS if generator.device.type == "cuda" else 8
+        pictures = generator.sample(self.asked.texts, self.asked.seeds, self.side, self.side, batch_size=size)
+        return float(self.judge.score(pictures, self.asked.scenes)["all"].mean())
+
+
+def objective_of(config: FlowMatchingConfig, data: TrainingData) -> FlowMatching:
+    """A fresh network and its objective."""
+    denoiser = families.build(config.network, None, data.text_mean, data.text_std, SIDES[0], config.train.seed)
+    phases = phases_of(config)
+    return FlowMatching(denoiser, config.timesteps, alignment(config, denoiser, data, phases), phases=phases)
+
+
+def run_arm(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train one arm with one seed; accuracy at equally spaced looks, the last one at the end."""
+    torch.set_num_threads(1)
+    config = recipe(ARMS[name][0], steps, seed)
+    data, began = TrainingData(folder), time.perf_counter()
+    objective, accuracy = objective_of(config, data), Accuracy(folder, config.sampling.side)
+    card, curve = card_of(config, None), list[tuple[int, float]]()
+    batches = curriculum_batches(data, phases_of(config), seed, teacher=False)
+    every = max(1, steps // LOOKS)
+    settings = config.train.model_copy(
+        update={"sample_every": every, "checkpoint_every": 10**6 * config.train.log_every}
+    )
+
+    def look(step: int, trainer: Trainer) -> None:
+        if steps - step >= every or step == steps:
+            curve.append((step, accuracy(trainer, objective, card)))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = train(objective, batches, settings, Path(scratch), on_sample=look)
+    if not curve or curve[-1][0] != steps:
+        curve.append((steps, accuracy(trainer, objective, card)))
+    return {"arm": name, "seed": seed, "steps": steps, "curve": curve, "loss": trainer.rows[-1]["loss"],
+            "seconds": time.perf_counter() - began}  # fmt: skip
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """Seconds a step of every arm on one core, steps of all arms in turn, and of the teacher a picture."""
+    torch.set_num_threads(1)
+    data, runs = TrainingData(folder), dict[str, Any]()
+    scratch = Path(tempfile.mkdtemp())
+    for name, (changes, _) in ARMS.items():
+        config = recipe(changes, STEPS, 0)
+        trainer = Trainer(objective_of(config, data), config.train, scratch / name)
+        runs[name] = trainer, curriculum_batches(data, phases_of(config), 0, teacher=False)
+    spent: dict[str, list[float]] = {name: [] for name in ARMS}
+    for place in range(COST_ROUNDS):
+        for name, (trainer, batches) in runs.items():
+            step = place * STEPS // COST_ROUNDS  # over the whole run: REPA stops, a curriculum grows
+            batch, trainer.step = batches(step), step
+            began = time.perf_counter()
+            trainer.move(trainer.objective.prepare(batch, Randomness(0, step, batch.slots)))
+            spent[name].append(time.perf_counter() - began)
+    encoder, pictures = ImageEncoder(), data.set.select((SIDES[0],), ("basic",)).batch(0, 64, 0)
+    images = to_model(data.set.gather(pictures).images)
+    timed = []
+    for _ in range(5):
+        began = time.perf_counter()
+        with torch.no_grad():
+            encoder(images)
+        timed.append((time.perf_counter() - began) / len(images))
+    shutil.rmtree(scratch)
+    mean = {name: statistics.fmean(sorted(times)[2:-2]) for name, times in spent.items()}
+    return mean | {"teacher": statistics.median(timed)}
+
+
+def steps_of(name: str, cost: Mapping[str, float], pictures: int) -> int:
+    """Steps of an arm: all, or those that another arm's CPU time pays for."""
+    limit = ARMS[name][1]
+    if limit is None:
+        return STEPS
+    other, share = limit
+    return max(LOOKS, round(share * cpu_seconds(other, STEPS, cost, pictures) / step_cost(name, cost)))
+
+
+def with_teacher(name: str) -> bool:
+    """Whether an arm reads a teacher's features, which the encode stage makes once a picture."""
+    repa = recipe(ARMS[name][0], STEPS, 0).repa
+    return repa is not None and repa.kind == "teacher"
+
+
+def step_cost(name: str, cost: Mapping[str, float]) -> float:
+    """Seconds a step with cached features: without the teacher's share, which `costs` saw made on the fly."""
+    config = recipe(ARMS[name][0], STEPS, 0)
+    made = config.repa.until * config.train.batch_size if config.repa is not None and with_teacher(name) else 0.0
+    alike = [cost[other] for other, (changes, _) in ARMS.items() if changes == ARMS[name][0]]
+    return statistics.fmean(alike) - made * cost["teacher"]
+
+
+def cpu_seconds(name: str, steps: int, cost: Mapping[str, float], pictures: int) -> float:
+    """What so many steps of an arm take on one core, its teacher's features included."""
+    return steps * step_cost(name, cost) + (pictures * cost["teacher"] if with_teacher(name) else 0.0)
+
+
+def prepare(encoded: Path, judge: Path, folder: Path) -> None:
+    """The basic squares of two sizes with their short captions, the held-out prompts, and the judge."""
+    folder.mkdir(parents=True)
+    data, asked = TrainingSet.open(encoded), prompt_set("held_out_basic", PROMPTS, 0)
+    index = pq.read_table(encoded / "index.parquet").to_pylist()
+    chosen = [r for r in index if r["domain"] == "basic" and r["width"] == r["height"] and r["resolution"] in SIDES]
+    texts = ["", *sorted({data.captions[r["caption_short"]] for r in chosen})]
+    places = {text: place for place, text in enumerate(texts)}
+    tokens = [data.text([data.captions.index(text)])[0][0] for text in texts]
+    if new := [text for text in dict.fromkeys(asked.texts) if text not in places]:
+        from models.networks import text_encoder
+
+        features, mask = text_encoder.encode(new, 64)
+        tokens += [x[m].numpy() for x, m in zip(features, mask, strict=True)]
+        texts += new
+    for side in SIDES:
+        rows = [r for r in chosen if r["resolution"] == side]
+        images = load_file(encoded / f"images-{side}x{side}.safetensors")["images"][[r["position"] for r in rows]]
+        save_file({"images": images, "teacher": np.zeros((len(rows), 1, 1, 0), np.float16)},
+                  folder / f"images-{side}x{side}.safetensors")  # fmt: skip
+        for position, row in enumerate(rows):
+            caption = places[data.captions[row["caption_short"]]]
+            row |= {"position": position, "caption_short": caption, "caption_long": caption}
+    offsets = np.cumsum([0, *map(len, tokens)])
+    save_file({"tokens": np.concatenate(tokens).astype(np.float16), "offsets": offsets, "mean": data.mean, "std": data.std},
+              folder / "text.safetensors")  # fmt: skip
+    write_table(chosen, INDEX_SCHEMA, folder / "index.parquet")
+    write_table([{"id": i, "text": text} for i, text in enumerate(texts)], CAPTIONS_SCHEMA, folder / "captions.parquet")
+    shutil.copytree(judge, folder / "judge")
+
+
+def main(folder: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Any]:
+    """Train the arms seed by seed, so that an early end leaves whole seeds; the summary is of all that is done."""
+    folder = folder or Path(os.environ["T2I_ABLATION_FOLDER"])
+    told = json.loads((folder / "costs.json").read_text())
+    pictures, kept = len(TrainingSet.open(folder).index), folder / "results.jsonl"
+    found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(each["arm"], each["seed"], each["steps"]) for each in found}
+    work = [(name, seed, steps_of(name, told, pictures)) for seed in SEEDS for name in arms or ARMS]
+    until = time.time() + SECONDS
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(_in_time, folder, *each, until) for each in work if each not in done}
+        for future in as_completed(pending):
+            if (result := future.result()) is not None:
+                found.append(result)
+                with kept.open("a") as stream:
+                    stream.write(json.dumps(result) + "\n")
+    asked = {(name, steps_of(name, told, pictures)) for name in ARMS}
+    found = [each for each in found if (each["arm"], each["steps"]) in asked]
+    seconds = {name: cpu_seconds(name, steps_of(name, told, pictures), told, pictures) for name in ARMS}
+    gpu = compute_device().type == "cuda"
+    about = {"steps": STEPS, "prompts": PROMPTS, "cost": told, "gpu": torch.cuda.get_device_name() if gpu else None}
+    return summarise(found, seconds, about)
+
+
+def _in_time(folder: Path, name: str, seed: int, steps: int, until: float) -> dict[str, Any] | None:
+    return run_arm(folder, name, seed, steps) if time.time() < until else None
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["prepare", encoded, judge, folder]:
+            prepare(Path(encoded), Path(judge), Path(folder))
+        case ["costs", folder]:
+            Path(folder, "costs.json").write_text(json.dumps(costs(Path(folder)), indent=1) + "\n")
+        case ["run", folder, *arms]:
+            print(json.dumps(main(Path(folder), arms)))
+        case _:
+            sys.exit(__doc__)
