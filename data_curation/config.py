@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from data_curation.filter_config import (
+    AestheticConfig,
     CaptionsConfig,
     DecontaminateConfig,
     DedupConfig,
@@ -21,6 +22,10 @@ from data_curation.own_data import OwnData
 from infra.config import Config
 
 _MACHINE: dict[str, Any] = {"versioned": False}
+CURATION = (  # stages with a manifest, in the order in which they run
+    "download", "dedup", "quality", "captions", "redecide", "decontaminate", "semantic", "safety", "aesthetic", "recaption",
+    "buckets",
+)  # fmt: skip
 
 
 class DemoWebConfig(Config):
@@ -173,6 +178,7 @@ class DataConfig(Config):
     )
     semantic: SemanticConfig | None = Field(default=None, description="Semantic duplicates; null: not looked for.")
     safety: SafetyConfig | None = Field(default=None, description="Safety filter; null: none.")
+    aesthetic: AestheticConfig | None = Field(default=None, description="Aesthetic filter; null: none.")
     recaption: RecaptionConfig | None = Field(default=None, description="Long captions; null: those of the source.")
     buckets: BucketsConfig = Field(default=BucketsConfig(), description="Aspect and resolution buckets.")
     encode: EncodeConfig = Field(default=EncodeConfig(), description="Features.")

@@ -136,6 +136,20 @@ class SemanticConfig(Config):
     )
 
 
+class AestheticHead(OwnData):
+    """A linear head on the embedding: safetensors with `weight` [1, D] and `bias` [1]."""
+
+    path: str = Field(min_length=1, description="The head's file.")
+
+
+class AestheticConfig(Config):
+    """Drop pictures that a linear head on their embedding finds less pleasing; no head is packaged."""
+
+    embedder: Embedding = Field(default=PackagedEmbedder(), description="What turns a picture into a vector.")
+    head: AestheticHead = Field(description="The head made for this embedding, such as LAION's for CLIP ViT-L/14.")
+    min_score: float = Field(default=5.0, description="Least score, on the head's own scale (reason unaesthetic).")
+
+
 class PromptList(OwnData):
     """Evaluation prompts of one's own."""
 

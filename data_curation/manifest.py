@@ -37,6 +37,7 @@ OPTIONAL_SCHEMA = pa.schema([  # of stages that are off unless a preset asks for
     ("border", pa.float32()), ("clipped", pa.float32()), ("overlay", pa.float32()),
     ("caption_words", pa.int32()), ("caption_language", pa.string()), ("caption_file_name", pa.int32()),
     ("caption_filler", pa.float32()), ("caption_repeated", pa.float32()), ("caption_markup", pa.int32()),
+    ("aesthetic", pa.float32()), ("aesthetic_model", pa.string()), ("aesthetic_threshold", pa.float32()),
     ("caption_long_model", pa.string()), ("caption_long_before", pa.string()),
     ("eval_overlap", pa.float32()), ("eval_match", pa.string()), ("eval_threshold", pa.float32()),
 ])  # fmt: skip

@@ -87,6 +87,7 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
         ("decontaminate", "decontaminate", data.decontaminate, images),
         ("semantic", "semantic_dedup", data.semantic, images),
         ("safety", "filter_safety", data.safety, images),
+        ("aesthetic", "filter_aesthetic", data.aesthetic, images),
         ("recaption", "recaption", data.recaption, images),
     ):
         if settings is not None:
@@ -264,10 +265,9 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= student_exports(config)
     exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
-    others = ("source", "download", "dedup", "quality", "buckets", "encode", "judge", "export")
-    shown = {name: name for name in others} | (
-        {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
-    )
+    others = (*(spec.name for spec in curation(config.data)), "judge", "export")
+    shown = {name: name for name in others}
+    shown |= {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     if "compare" in exports:
         shown["compare"] = "compare"
     enhancer = config.posttrain.prompt_enhancer

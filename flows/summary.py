@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_curation.config import CURATION
 from infra.artifacts import Artifact
 from infra.errors import ArtifactCorrupted
 from infra.storage import Store
 
 PUBLIC = ("run", "root", "report", "wall_seconds", "outcome", "error", "stages", "funnel", "truth", "scores", "exports")
-CURATION = ("download", "dedup", "quality", "buckets")
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from graphlib import TopologicalSorter
 
 from infra.artifacts import Artifact
 from infra.errors import ConfigError
@@ -13,27 +12,39 @@ SHORTEST_PREFIX = 6  # characters of a digest or key that may name an artifact
 
 
 class Graph:
-    """Artifacts by digest; where two stages made the same bytes, the one that finished last stands for both."""
+    """Artifacts by digest; a name that two stages' same bytes share means the one that finished last.
+
+    As an input it means the last one before its reader: a filter that changed nothing has its own digest as its input.
+    """
 
     def __init__(self, artifacts: Iterable[Artifact]) -> None:
-        found = sorted(artifacts, key=lambda artifact: str(artifact.facts.get("finished", "")))
+        found = sorted(artifacts, key=_finished)
         self.by_digest: Mapping[str, Artifact] = {artifact.digest: artifact for artifact in found}
         self.by_key: Mapping[str, Artifact] = {key_of(artifact): artifact for artifact in found}
+        self._made: dict[str, list[Artifact]] = {}
+        for artifact in found:
+            self._made.setdefault(artifact.digest, []).append(artifact)
 
     def inputs(self, artifact: Artifact) -> dict[str, Artifact]:
         """Role -> artifact of the inputs that are still in the store."""
-        roles = roles_of(artifact)
-        return {role: self.by_digest[digest] for role, digest in roles.items() if digest in self.by_digest}
+        read = {role: self._read(digest, artifact) for role, digest in roles_of(artifact).items()}
+        return {role: each for role, each in read.items() if each is not None}
+
+    def _read(self, digest: str, reader: Artifact) -> Artifact | None:
+        others = [each for each in self._made.get(digest, ()) if each.uri != reader.uri]
+        before = [each for each in others if _finished(each) < _finished(reader)]
+        usable = before or others
+        return usable[-1] if usable else None
 
     def ancestors(self, artifact: Artifact) -> list[Artifact]:
         """Everything an artifact was made from, itself last, each after its own inputs."""
         reached, ahead = set[str](), [artifact]
         while ahead:
             each = ahead.pop()
-            if each.digest not in reached:
-                reached.add(each.digest)
+            if each.uri not in reached:
+                reached.add(each.uri)
                 ahead += self.inputs(each).values()
-        return [each for each in self.ordered if each.digest in reached]
+        return [each for each in self.ordered if each.uri in reached]
 
     def descendants(self, digests: Iterable[str]) -> list[tuple[Artifact, dict[str, Artifact]]]:
         """What was made from any of the digests, directly or not, each with the affected inputs by role."""
@@ -48,9 +59,18 @@ class Graph:
 
     @cached_property
     def ordered(self) -> list[Artifact]:
-        """Every artifact after its inputs."""
-        inputs = {digest: [each.digest for each in self.inputs(a).values()] for digest, a in self.by_digest.items()}
-        return [self.by_digest[digest] for digest in TopologicalSorter(inputs).static_order()]
+        """Every artifact after its inputs, depth first."""
+        done: dict[str, Artifact] = {}
+        entered = set[str]()
+        ahead = [each for made in self._made.values() for each in made]
+        while ahead:
+            each = ahead.pop()
+            if each.uri in entered:
+                done.setdefault(each.uri, each)
+                continue
+            entered.add(each.uri)
+            ahead += [each, *(one for one in self.inputs(each).values() if one.uri not in entered)]
+        return list(done.values())
 
     def named(self, prefix: str) -> Artifact | None:
         """The artifact whose digest or key begins with `prefix`; an ambiguous prefix is refused."""
@@ -63,6 +83,10 @@ class Graph:
             listed = ", ".join(f"{each.stage} {digest[:12]}" for digest, each in sorted(hits.items()))
             raise ConfigError(f"{prefix} begins {len(hits)} digests ({listed}); give more of it")
         return next(iter(hits.values()), None)
+
+
+def _finished(artifact: Artifact) -> str:
+    return str(artifact.facts.get("finished", ""))
 
 
 def roles_of(artifact: Artifact) -> dict[str, str]:

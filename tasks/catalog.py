@@ -47,6 +47,7 @@ TRAITS: dict[str, Traits] = {
     "filter_captions": Traits("manifest", "data_curation.filter_config:CaptionsConfig", "data_curation.captions:filter_captions"),
     "recaption": Traits("manifest", "data_curation.filter_config:RecaptionConfig", "data_curation.recaption:recaption"),
     "filter_safety": Traits("manifest", "data_curation.filter_config:SafetyConfig", "data_curation.safety:filter_safety"),
+    "filter_aesthetic": Traits("manifest", "data_curation.filter_config:AestheticConfig", "data_curation.aesthetic:filter_aesthetic"),
     "redecide": Traits("manifest", "data_curation.filter_config:RedecideConfig", "data_curation.redecide:redecide", version=2),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets", version=2),
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode"),

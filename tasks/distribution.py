@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_curation.aesthetic import aesthetic_score
 from data_curation.dataset import Batch, Split, TrainingSet
 from data_curation.embedders import Embedder, embedder
 from infra.errors import DataRefused
 from infra.stages import StageContext
 from models.engine.distribute import one_thread
-from models.evaluation.aesthetic import aesthetic_score
 from models.evaluation.clip import clip_of
 from models.evaluation.distribution import LEAST, distribution
 from models.evaluation.intervals import Score, bootstrap

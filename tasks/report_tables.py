@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_curation.config import CURATION
 from infra.artifacts import Artifact
 from infra.stages import StageContext
 from tasks.report_parts import data_uri
@@ -32,7 +33,6 @@ COLUMNS = {
 BY_OTHERS = ("geneval", "hub_")  # scores by models of transformers, shown where they were asked
 LESS_IS_BETTER = ("kernel_distance", "class_drift")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "prefect", "ray", "numpy", "pyarrow", "pillow", "pydantic")
-CURATION = ("download", "dedup", "quality", "buckets")
 
 
 @dataclass(frozen=True)

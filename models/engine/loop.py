@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma
 from models.engine.meter import Meter
 from models.engine.objective import Batch, Objective, divided
 from models.engine.optim import PlayerOptimizer
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.engine.shard import gathered, hollow, is_cut, prepare_blocks, shard_blocks
 from models.engine.state import load_state, refuse_changes, refuse_other_model, save_state
@@ -174,18 +174,10 @@ class Trainer:
     def _backward(self, name: str, part: Batch) -> dict[str, float]:
         """Add one part's gradient; its share of the numbers for the log."""
         count = self.config.accumulate
-        with self.autocast(part):
+        with autocast(part.images.device, self.config.precision, bool(self.uncut)):
             loss = self.objective.loss(name, part)
         torch.autograd.backward(loss.total if count == 1 else loss.total / count)
         return loss.numbers(count)
-
-    def autocast(self, batch: Batch) -> AbstractContextManager[object]:
-        """bfloat16 in matrix products, where the settings ask for it."""
-        return (
-            torch.autocast(batch.images.device.type, torch.bfloat16)
-            if self.config.precision == "bf16"
-            else nullcontext()
-        )
 
     def _count_skipped(self, name: str, moved: bool, batch: Batch) -> None:
         """Name the rows behind a gradient that is not finite; end the run where the settings say so."""
@@ -258,7 +250,7 @@ def losses_again(trainer: Trainer, batch: Batch) -> None:
     """The forward pass of a step once more, where it has no side effects (`pure_loss`) and needs no other worker."""
     objective = trainer.objective
     if getattr(objective, "pure_loss", False) and not trainer.uncut:
-        with trainer.autocast(batch):
+        with autocast(batch.images.device, trainer.config.precision):
             for name in objective.players:
                 objective.loss(name, batch)
 

@@ -44,6 +44,21 @@ def test_a_chain_of_thousands_needs_no_recursion():
     assert len(graph.descendants([chain[0].digest])) == 2999
 
 
+def test_a_filter_that_changed_nothing_has_its_own_bytes_as_its_input():
+    source = artifact("source")
+    first = artifact("first", rows=source).model_copy(update={"digest": "d" * 64})
+    same = artifact("same", rows=first).model_copy(update={"digest": "d" * 64})
+    changed = artifact("changed", rows=same)
+    back = artifact("back", rows=changed).model_copy(update={"digest": "d" * 64})
+    made = [source, first, same, changed, back, artifact("last", rows=back)]
+    dated = [each.model_copy(update={"facts": each.facts | {"finished": f"2026-01-0{day}"}})
+             for day, each in enumerate(made, 1)]  # fmt: skip
+    steps = names(Graph(dated[::-1]).ancestors(dated[-1]))
+    assert steps == ["source", "first", "same", "changed", "back", "last"]
+    assert names([each for each, _ in Graph(dated).descendants([source.digest])]) == ["first", "changed", "last"]
+    assert Graph(dated).by_digest["d" * 64].stage == "back"
+
+
 def test_an_input_that_was_collected_is_passed_over():
     gone = artifact("gone")
     kept = artifact("kept", data=gone)

@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from infra.errors import ConfigError
-from models.evaluation.aesthetic import aesthetic_score
 from models.evaluation.density_coverage import density_coverage
 from models.evaluation.distances import kernel_distance
 from models.evaluation.distribution import distribution, jackknife
@@ -54,11 +51,3 @@ def test_a_shift_is_told_from_equal_sets_and_few_pictures_are_refused() -> None:
     assert all(score["low"] <= score["value"] <= score["high"] for score in {**near, **far}.values())
     with pytest.raises(ValueError, match="give at least 40 of each"):
         distribution(real[:39], real, 50, rng)
-
-
-def test_an_aesthetic_head_is_linear_and_made_for_them(tmp_path) -> None:
-    save_file({"weight": np.array([[2.0, 0.0]]), "bias": np.array([1.0])}, tmp_path / "head.safetensors")
-    scores = aesthetic_score(np.array([[0.6, 0.8], [1.0, 0.0]]), tmp_path / "head.safetensors")
-    assert scores == pytest.approx([2 * 0.6 + 1, 3.0])
-    with pytest.raises(ConfigError, match="reads 2 features, the embedding has 3"):
-        aesthetic_score(np.ones((1, 3)), tmp_path / "head.safetensors")
