@@ -182,17 +182,24 @@ class GrpoConfig(GroupedConfig):
         default="stays", description="stays: the first steps; random: anew each step; progressive: on by one in time"
     )
     window_every: int = Field(default=25, ge=1, description="Training steps after which a progressive window moves")
-    same_noise: bool = Field(default=False, description="One first noise for the whole group")
+    window_from: int = Field(
+        default=0, ge=0, description="First step that may be stochastic", json_schema_extra=IF_SET
+    )
+    guidance: float | None = Field(
+        default=None, ge=1, json_schema_extra=IF_SET,
+        description="Guidance of rollouts and training; null: the checkpoint's own",
+    )  # fmt: skip
+    same_noise: bool = Field(default=False, description="One first noise for the whole group, computed once")
     updates: int = Field(default=1, ge=1, description="Moves per batch of rollouts")
     clip_range: float = Field(default=1e-3, gt=0, description="Clip of the ratio; log-probabilities are per element")
     kl: float = Field(default=0.0, ge=0, description="Weight of the KL to the reference, per element and step")
 
     @model_validator(mode="after")
     def _window_fits(self) -> GrpoConfig:
-        if self.window >= self.steps:
+        if self.window_from + self.window >= self.steps:
             raise ValueError(
-                f"window={self.window} of steps={self.steps}: the last step adds no noise; "
-                f"take a window of at most {self.steps - 1}"
+                f"window={self.window} from step {self.window_from} of steps={self.steps}: the last step adds no noise; "
+                f"let it end by step {self.steps - 1}"
             )
         if self.sampler == "cps" and self.eta >= 1:
             raise ValueError(f"eta={self.eta} with cps keeps nothing of x_t; choose eta below 1")

@@ -14,7 +14,7 @@ from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
-from models.posttraining.flow_grpo import FlowGrpo, surrogate
+from models.posttraining.flow_grpo import FlowGrpo, Stem, surrogate
 from models.posttraining.reward import RewardCard, Sharpness, Weighted
 from models.posttraining.rollout import Sampling
 from models.posttraining.sde import log_prob
@@ -76,7 +76,7 @@ def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brig
     gained = torch.zeros(8)
     with torch.no_grad():
         for k, i in enumerate(batch.extra["window"].tolist()):
-            mean, std = objective._mean(objective.policy, batch.extra["states"][k], times[i], times[i + 1], batch)
+            mean, std = objective._mean(objective.policy, batch.extra["states"][k], times[i], times[i + 1], Stem.single(batch))
             gained += log_prob(batch.extra["results"][k], mean, std) - batch.extra["log_probs"][k]
     assert (gained * batch.extra["advantage"]).sum() > 0
 
