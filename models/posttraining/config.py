@@ -182,9 +182,7 @@ class GrpoConfig(GroupedConfig):
         default="stays", description="stays: the first steps; random: anew each step; progressive: on by one in time"
     )
     window_every: int = Field(default=25, ge=1, description="Training steps after which a progressive window moves")
-    window_from: int = Field(
-        default=0, ge=0, description="First step that may be stochastic", json_schema_extra=IF_SET
-    )
+    window_from: int = Field(default=0, ge=0, description="First step that may be stochastic", json_schema_extra=IF_SET)
     guidance: float | None = Field(
         default=None, ge=1, json_schema_extra=IF_SET,
         description="Guidance of rollouts and training; null: the checkpoint's own",
