@@ -59,9 +59,7 @@ class GuardConfig(Config):
     prompts: int = Field(default=24, ge=1, description="Prompts that are never trained on")
     seeds: int = Field(default=4, ge=2, description="Pictures per prompt")
     patience: int = Field(default=2, ge=1, description="Bad looks in a row after which training stops")
-    errors: float = Field(
-        default=2.0, ge=0, description="Standard errors by which the held-out reward may lie below the start's"
-    )
+    errors: float = Field(default=2.0, ge=0, description="Standard errors the held-out reward may lie below the start")
     min_diversity: float = Field(default=0.8, ge=0, description="Least within-prompt diversity over the start's")
     max_drift: float | None = Field(
         default=None, gt=0, description="Largest squared change of the velocity at any time, over its square; null: any"
@@ -83,11 +81,7 @@ class DpoConfig(Config):
     beta_per_element: float = Field(
         default=0.5, gt=0, description="beta over the sum of squared errors; beta on the mean is this times 3HW"
     )
-    anchor: float = Field(
-        default=0.25,
-        ge=0,
-        description="Flow matching on the preferred pictures, over the preference's strongest pull beta/2",
-    )
+    anchor: float = Field(default=0.25, ge=0, description="Weight of flow matching on the winners, in units of beta/2")
     guard: GuardConfig | None = Field(default=None, description="Stops reward hacking; null: no guard")
     lora: LoraConfig | None = Field(
         default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
