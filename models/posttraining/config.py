@@ -232,13 +232,14 @@ class RewardModelConfig(Config):
         steps=800, batch_size=64, ema_gamma=6.0, log_every=20,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=3e-3, weight_decay=0.05, warmup_steps=20),
     )  # fmt: skip
-    side: int = Field(
-        default=32, ge=16, multiple_of=8, description="Pictures are averaged down to squares of this side"
-    )
+    side: int = Field(default=32, ge=16, multiple_of=8, description="Side that pictures are averaged down to")
     width: int = Field(default=16, ge=8, multiple_of=8, description="Channels of the first convolution")
     features: int = Field(default=128, ge=1, description="Features that picture and prompt are compared by")
     alignment: float = Field(default=1.0, ge=0, description="Weight of captioned pictures; 0: preferences alone")
     alone: float = Field(default=0.4, ge=0, lt=1, description="Share of the steps that they teach before preferences")
+    near: int = Field(
+        default=0, ge=0, description="Half have one of so many nearest captions", json_schema_extra=IF_SET
+    )
     validation: float = Field(default=0.4, gt=0, lt=1, description="Share of the prompts that are not trained on")
     calibration: float = Field(default=0.1, gt=0, lt=1, description="Share of these that fits the temperature")
     label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")
