@@ -20,6 +20,7 @@ from data_curation.filter_config import (
 )
 from data_curation.own_data import OwnData
 from infra.config import Config
+from infra.stages import IF_SET
 
 _MACHINE: dict[str, Any] = {"versioned": False}
 CURATION = (  # stages with a manifest, in the order in which they run
@@ -137,6 +138,14 @@ class ResolutionConfig(Config):
     aspects: Literal["square", "any"] = Field(default="any", description="Only the square bucket, or all ratios.")
 
 
+class EveryShape(Config):
+    """Every width and height on the grid is a bucket where it comes near the resolution's pixels (side squared)."""
+
+    tolerance: float = Field(default=0.02, gt=0, le=0.5, description="Greatest share of pixels more or fewer.")
+    min_ratio: float = Field(default=0.5, gt=0, le=1, description="Least width / height.")
+    max_ratio: float = Field(default=2.0, ge=1, le=100, description="Greatest width / height.")
+
+
 class BucketsConfig(Config):
     """Which bucket a picture trains in, and which split."""
 
@@ -144,10 +153,17 @@ class BucketsConfig(Config):
         default=(ResolutionConfig(side=32, aspects="square"), ResolutionConfig(side=40)),
         min_length=1, description="Training resolutions; a picture may be in several.",
     )  # fmt: skip
-    patch: int = Field(default=4, ge=1, le=64, description="Width and height of every bucket are multiples of this.")
+    patch: int = Field(
+        default=4, ge=1, le=64,
+        description="Width and height of every bucket are multiples of this: the model's patch, times its VAE's factor.",
+    )  # fmt: skip
     ratios: tuple[float, ...] = Field(
         default=(0.5, 2 / 3, 1.0, 1.5, 2.0), min_length=1, description="Width / height of the buckets."
     )
+    every: EveryShape | None = Field(
+        default=None, json_schema_extra=IF_SET,
+        description="Every shape near a resolution's pixels is a bucket, instead of `ratios`; null: `ratios`.",
+    )  # fmt: skip
     max_crop: float = Field(default=0.25, ge=0, le=1, description="Greatest share cut away (reason crop_too_large).")
     upscale: bool = Field(default=False, description="Allow enlarging (otherwise reason too_small_for_bucket).")
     validation_share: float = Field(default=0.03, ge=0, le=0.5, description="Share of rows kept out of training.")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_curation.encode import packaged_encoder
+from data_curation.encoders import packaged_encoder
 from data_curation.filter_config import HubEmbedder, PackagedEmbedder
 from infra.hub_models import load, pinned
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from infra.artifacts import Artifact
 from infra.config import Config
+from infra.encode_cache import forget_space, spaces_unused_since
 from infra.errors import ConfigError
 from infra.pointers import moves
 from infra.storage import Store
@@ -24,6 +25,7 @@ class Garbage(Config):
     artifacts: tuple[tuple[Artifact, str, int], ...] = Field(description="Artifact, key and bytes")
     scratch: tuple[tuple[str, int], ...] = Field(description="Working folders left by dead runs, and bytes")
     remote: tuple[str, ...] = Field(default=(), description="Checkpoints that dead runs left in the bucket")
+    encoded: tuple[str, ...] = Field(default=(), description="Kept encodings that no run has opened lately")
     kept: int = Field(description="Artifacts that something needs")
     young: int = Field(description="Artifacts that nothing needs, but made within the grace period")
 
@@ -50,7 +52,8 @@ def garbage(store: Store, grace_days: float, forget: Sequence[str] = ()) -> Garb
     return Garbage(
         artifacts=tuple((artifact, key, store.size(artifact.stage, key)) for artifact, key in old),
         scratch=tuple(_scratch(store, grace_days)),
-        remote=tuple(sorted(name for name, saved in store.remote_works().items() if saved < limit.timestamp())), kept=len(there) - len(unneeded), young=len(unneeded) - len(old),
+        remote=tuple(sorted(name for name, saved in store.remote_works().items() if saved < limit.timestamp())),
+        encoded=spaces_unused_since(store.root, limit.timestamp()), kept=len(there) - len(unneeded), young=len(unneeded) - len(old),
     )  # fmt: skip
 
 
@@ -66,6 +69,8 @@ def sweep(store: Store, grace_days: float, forget: Sequence[str] = ()) -> Garbag
             shutil.rmtree(folder, ignore_errors=True)
         for name in found.remote:
             store.forget_work(name)
+        for name in found.encoded:
+            forget_space(store.root, name)
     return found
 
 
@@ -105,8 +110,9 @@ def gc_lines(found: Garbage, removed: bool) -> list[str]:
         f"{size / 1e6:>10.1f} MB  {Path(folder).name} (working folder of a dead run)" for folder, size in found.scratch
     ]
     lines += [f"{'':>13}  {name} (checkpoints of a dead run in the bucket)" for name in found.remote]
+    lines += [f"{'':>13}  {name} (encodings that no run opened lately)" for name in found.encoded]
     verb = "removed" if removed else "can go; nothing was removed, add --delete"
-    count = len(found.artifacts) + len(found.scratch) + len(found.remote)
+    count = len(found.artifacts) + len(found.scratch) + len(found.remote) + len(found.encoded)
     lines.append(f"{found.num_bytes / 1e6:.1f} MB in {count} places {verb}; {found.kept} artifacts are needed, "
                  f"{found.young} are within the grace period")  # fmt: skip
     return lines

@@ -112,3 +112,4 @@ class StageContext:
     resources: Resources
     progress: Callable[[int, int, Mapping[str, float]], None]  # (done, total, metrics)
     fan_out: FanOut
+    root: str | None = None  # of the store, where what was encoded once is kept; None: nothing is kept

@@ -272,16 +272,21 @@ class Store:
 
 def open_store(root: str | Path, create: bool = True) -> Store:
     """The store at a path, a file:// or an s3:// address; with `create`, the root is made and proved writable."""
+    return Store(open_backend(root, create))
+
+
+def open_backend(root: str | Path, create: bool) -> Backend:
+    """Where the bytes of the store at an address lie."""
     text = str(root)
     scheme = urlparse(text).scheme if "://" in text else "file"
     match scheme:
         case "file":
             from infra.local_files import LocalFiles
 
-            return Store(LocalFiles(text, create))
+            return LocalFiles(text, create)
         case "s3":
             from infra.s3_objects import S3Objects
 
-            return Store(S3Objects(text, create))
+            return S3Objects(text, create)
         case _:
             raise ConfigError(f"root {text!r} has scheme {scheme!r}; use a path, file:///path or s3://bucket/prefix")

@@ -50,7 +50,7 @@ TRAITS: dict[str, Traits] = {
     "filter_aesthetic": Traits("manifest", "data_curation.filter_config:AestheticConfig", "data_curation.aesthetic:filter_aesthetic"),
     "redecide": Traits("manifest", "data_curation.filter_config:RedecideConfig", "data_curation.redecide:redecide", version=2),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets", version=2),
-    "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode"),
+    "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode", version=2),
     "autoencoder": Traits("autoencoder", "models.pretraining.config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
     "import_model": Traits("checkpoint", "tasks.config:ModelConfig", "tasks.model_features:import_model"),
     "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features"),

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_curation.bucket_facts import BATCHES
 from data_curation.manifest import pictures, read_manifest, shards
 from infra.stages import StageContext
 from tasks.config import ReportConfig
@@ -56,6 +57,8 @@ class DataPart:
     kept: list[Example]
     borderline: list[Group]
     buckets: list[Bucket]
+    resolutions: dict[str, dict[str, Any]] = field(default_factory=dict)  # what bucketing cost, by side
+    batch_sizes: tuple[int, ...] = BATCHES
 
 
 def data_part(config: ReportConfig, ctx: StageContext) -> DataPart:
@@ -74,7 +77,10 @@ def data_part(config: ReportConfig, ctx: StageContext) -> DataPart:
     def groups(found: list[tuple[str, str, list[tuple[dict[str, Any], str]]]]) -> list[Group]:
         return [Group(name, about, [_example(row, note, shown) for row, note in some]) for name, about, some in found]
 
-    return DataPart(groups(refused), [_example(row, "", shown) for row in shown_kept], groups(near), buckets_of(kept))
+    costs = ctx.parents["buckets"].facts.get("resolutions", {}) if "buckets" in ctx.parents else {}
+    return DataPart(
+        groups(refused), [_example(row, "", shown) for row in shown_kept], groups(near), buckets_of(kept), costs
+    )
 
 
 def refusals(rows: list[dict[str, Any]], most: int) -> list[tuple[str, str, list[tuple[dict[str, Any], str]]]]:

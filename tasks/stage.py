@@ -114,6 +114,7 @@ def perform(
         resources=job.resources,
         progress=lambda done, total, metrics: report(spec.name, done, total, metrics),
         fan_out=fan_out,
+        root=store.root,
     )
     _use_resources(job)
     forget_peak_memory()

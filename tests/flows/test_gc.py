@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flows.config import RunConfig
 from flows.gc import garbage, gc_lines, sweep
 from flows.run import Run
+from infra.encode_cache import key_of, space
 from infra.errors import ConfigError
 from infra.pointers import move
 from infra.storage import open_store
@@ -80,3 +82,17 @@ def test_a_running_run_is_safe(root, toys):
         sweep(open_store(root), 0)
     assert [Path(folder).name for folder, _ in sweep(store, 0).scratch] == ["pretrain-" + "f" * 16]
     assert not list((root / ".scratch").iterdir())
+
+
+def test_encodings_that_no_run_opened_lately_go_and_the_others_stay(root):
+    store = open_store(root)
+    kept = space(str(root), "text", "float16", model="m")
+    kept.write({key_of("a"): np.ones((2, 3), np.float16)})
+    index = kept.index()
+    assert garbage(store, 1).encoded == ()
+    assert len(list(store.list())) == 8  # no artifact among them
+    found = sweep(store, 0)
+    assert found.encoded == (kept.name,)
+    assert any("encodings that no run opened lately" in line for line in gc_lines(found, True))
+    assert kept.read(index) == {}
+    assert garbage(store, 0).encoded == ()

@@ -41,7 +41,7 @@ def context(tmp_path: Path) -> StageContext:
     folders = {name: tmp_path / name for name in ("scores", "download", "buckets", "pretrain", "out")}
     for folder in folders.values():
         folder.mkdir()
-    rows = [row("a", "keep", []), row("b", "drop", ["near_duplicate"], keeper_id="a", dup_distance=7),
+    rows = [row("a", "keep", [], buckets=["40:40x40"]), row("b", "drop", ["near_duplicate"], keeper_id="a", dup_distance=7),
             row("c", "error", ["http_404"])]  # fmt: skip
     write_table([{**r, "image": None if r["row_id"] == "c" else png(90)} for r in rows], ROWS_SCHEMA,
                 folders["download"] / "rows-00000.parquet")  # fmt: skip
@@ -63,7 +63,10 @@ def context(tmp_path: Path) -> StageContext:
         (folders["scores"] / "samples" / stage).mkdir(parents=True)
         (folders["scores"] / "samples" / stage / "0-5.png").write_bytes(png(200))
     facts = {"received": 3, "kept": 1, "errored": 1, "dropped": {"near_duplicate": 1}, "seconds": 2.0,
-             "truth": {"defects_caught": 2, "defects_planted": 2, "near_duplicate_recall": 1, "near_duplicate_precision": 1}}  # fmt: skip
+             "truth": {"defects_caught": 2, "defects_planted": 2, "near_duplicate_recall": 1, "near_duplicate_precision": 1},
+             "resolutions": {"32": {"pictures": 0, "buckets": 0, "possible": 1}, "40": {
+                 "pictures": 7, "buckets": 3, "possible": 9, "cropped": 0.0123, "cropped_p95": 0.05, "downscaled": 0.5,
+                 "left_over": {"16": 1.0, "64": 0.25, "256": 0.125}}}}  # fmt: skip
     inputs = {name: folder for name, folder in folders.items() if name != "out"}
     parents = {name: Artifact(kind="x", uri=f"file:///{name}/key", digest=name * 3, stage=name,
                               facts=facts if name == "buckets" else {}) for name in inputs}  # fmt: skip
@@ -80,7 +83,8 @@ def test_page_is_inert_self_contained_and_escaped(context: StageContext) -> None
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
     assert "default-src 'none'" in page
     for part in ("near_duplicate", "http_404", "the kept picture it copies", "missed", "OpenMoji", "CC BY-SA 4.0",
-                 "loss 1 → 0.125", "floor 0.500", "grid of pretrain", "2 of 2 planted"):  # fmt: skip
+                 "loss 1 → 0.125", "floor 0.500", "grid of pretrain", "2 of 2 planted",
+                 "<td>7</td><td>3</td><td>9</td><td>1.23 %</td><td>5.00 %</td><td>50.00 %</td><td>100.00 %</td><td>25.00 %</td>"):  # fmt: skip
         assert part in page, part
 
 
