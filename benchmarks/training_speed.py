@@ -5,8 +5,9 @@ peer: the plain loop on the same network and the same precomputed arrays: DataLo
 EMAModel. Figures in `detail`: the share of a measured matmul peak of a large block, waiting for data, checkpoints at the
 demo's pace, and what the loop adds to bare forward, backward and step. Steps of all loops are taken in turn.
 
-On a CPU: the demo's network in float32 on one thread. On a GPU: a larger one, both loops in bfloat16 autocast, ours with
-the blocks compiled and the fused optimizer as its settings offer them; the result is `training_speed_gpu`.
+On a CPU: the demo's network on one thread, ours in `precision: bf16` where the CPU multiplies faster in it, the plain loop in float32, the
+examples' default; ours in float32 and the plain loop in torch's bfloat16 autocast are told beside it. On a GPU: a larger network, both
+loops in autocast, ours with compiled blocks and the fused optimizer as its settings offer them; the result is `training_speed_gpu`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +37,7 @@ from models.engine.loop import Trainer
 from models.engine.meter import matmul_peak, settle
 from models.engine.objective import Batch
 from models.engine.optim import PlayerOptimizer
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.engine.shard import prepare_blocks
 from models.networks import prx
@@ -46,7 +47,7 @@ from models.pretraining.config import SelectConfig, TimestepConfig
 from models.pretraining.flow_matching import FlowMatching, velocity_error
 from tasks.training_data import TrainingData
 
-PICTURES, LENGTHS, PADDED, SIDE, ROUNDS = 512, (6, 24), 64, 32, 40
+PICTURES, LENGTHS, PADDED, SIDE, ROUNDS = 512, (6, 24), 64, 32, 60
 CHECKPOINT_EVERY = 200  # steps, as in presets/demo.yaml
 OPTIMIZER = OptimizerConfig(muon_lr=None)
 DEVICE = compute_device()
@@ -55,11 +56,8 @@ BATCH = 128 if GPU else 12
 NETWORK = PrxConfig(hidden_size=1024, depth=12, num_heads=16, patch_size=2) if GPU else PrxConfig(depth=4)
 LARGE = PrxConfig(hidden_size=2048 if GPU else 1024, depth=1, num_heads=16, patch_size=2)
 LARGE_BATCH = 64 if GPU else 4
-DTYPE = torch.bfloat16 if GPU else torch.float32
-SETTINGS = TrainConfig(
-    steps=10_000, batch_size=BATCH, optimizer=OPTIMIZER, precision="bf16" if GPU else "fp32", compile=GPU,
-    loader_threads=2 if GPU else 0,
-)  # fmt: skip
+FAST_HALF = 1.5  # products in bfloat16 are that much faster than in float32, or are not used
+SETTINGS = TrainConfig(steps=10_000, batch_size=BATCH, optimizer=OPTIMIZER, compile=GPU, loader_threads=2 if GPU else 0)
 WARM_UP = 20 if GPU else 5  # rounds that compile and wake up
 BARS = {"samples_ratio": 1.3, "mfu": 0.55, "data_wait": 0.02, "checkpoint_stall": 0.02, "loop_overhead": 0.03}
 
@@ -89,13 +87,14 @@ def network(config: PrxConfig = NETWORK) -> Denoiser:
     return prx.build(config, torch.zeros(384), torch.ones(384), seed=0).to(DEVICE)
 
 
-def autocast() -> AbstractContextManager[object]:
-    """bfloat16 on a GPU."""
-    return torch.autocast("cuda", torch.bfloat16) if GPU else nullcontext()
+def settings() -> TrainConfig:
+    """Ours: bfloat16 where it gains."""
+    half = GPU or matmul_peak(torch.bfloat16) > FAST_HALF * matmul_peak()
+    return SETTINGS.model_copy(update={"precision": "bf16" if half else "fp32"})
 
 
-def plain_loop(data: TrainingData) -> Callable[[], None]:
-    """One step of a loop as diffusers' examples write it."""
+def plain_loop(data: TrainingData, half: bool) -> Callable[[], None]:
+    """One step of a loop as diffusers' examples write it, with `half` in torch's autocast."""
     pictures = data.set.select((SIDE,))
     rows = pictures.batch(0, PICTURES, 0)
     images = torch.from_numpy(data.set.gather(rows).images).permute(0, 3, 1, 2).contiguous()
@@ -116,7 +115,7 @@ def plain_loop(data: TrainingData) -> Callable[[], None]:
         x_0 = pictures.float() / 127.5 - 1
         t, noise = torch.sigmoid(torch.randn(BATCH, device=DEVICE)), torch.randn_like(x_0)
         x_t = (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * noise
-        with autocast():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
             predicted = transformer(x_t, t, text, attention_mask=real, return_dict=False)[0]
         torch.autograd.backward(velocity_error(predicted.float(), x_0, t).mean())
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), OPTIMIZER.clip_norm)
@@ -127,10 +126,10 @@ def plain_loop(data: TrainingData) -> Callable[[], None]:
     return step
 
 
-def bare(batches: Callable[[int], Batch]) -> Callable[[], None]:
+def bare(batches: Callable[[int], Batch], config: TrainConfig) -> Callable[[], None]:
     """Forward, backward and step on prepared batches, nothing else."""
     objective = FlowMatching(network(), TimestepConfig())
-    prepare_blocks(objective.players["denoiser"], SETTINGS)
+    prepare_blocks(objective.players["denoiser"], config)
     optimizer = PlayerOptimizer(objective.players["denoiser"], OPTIMIZER, 10_000)
     given = [batches(place).to(DEVICE) for place in range(ROUNDS)]
     prepared = [objective.prepare(b, Randomness(0, i, b.slots, DEVICE)) for i, b in enumerate(given)]
@@ -138,7 +137,7 @@ def bare(batches: Callable[[int], Batch]) -> Callable[[], None]:
 
     def step() -> None:
         place = next(steps)
-        with autocast():
+        with autocast(DEVICE, config.precision):
             total = objective.loss("denoiser", prepared[place]).total
         torch.autograd.backward(total)
         optimizer.step(place)
@@ -162,7 +161,7 @@ def large_block_mfu() -> float:
     given = [part.to(DEVICE) for part in (x, t, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))]
 
     def whole() -> None:
-        with autocast():
+        with autocast(DEVICE, "bf16" if GPU else "fp32"):
             error = denoiser(*given)[0].square().mean()
         torch.autograd.backward(error)
         denoiser.zero_grad(set_to_none=True)
@@ -172,49 +171,70 @@ def large_block_mfu() -> float:
     flops = 3.0 * counter.get_total_flops()
     for _ in range(3):
         whole()
-    return statistics.median(flops / seconds(whole) / matmul_peak(DTYPE) for _ in range(7))
+    return statistics.median(
+        flops / seconds(whole) / matmul_peak(torch.bfloat16 if GPU else torch.float32) for _ in range(7)
+    )
+
+
+def loop(batches: Callable[[int], Batch], config: TrainConfig, folder: Path) -> tuple[Trainer, Callable[[], float]]:
+    """Our loop and one step of it, which tells how long it waited for data."""
+    trainer = Trainer(FlowMatching(network(), TimestepConfig()), config, folder)
+    places = iter(range(ROUNDS))
+
+    def step() -> float:
+        place, began = next(places), time.perf_counter()
+        batch = batches(place).to(DEVICE)
+        waited = time.perf_counter() - began
+        trainer.move(trainer.objective.prepare(batch, Randomness(0, place, batch.slots, DEVICE)))
+        return waited
+
+    return trainer, step
+
+
+def measured(folder: Path) -> tuple[dict[str, list[float]], list[float], float, str]:
+    """Seconds of every loop's steps, taken in turn; ours waiting for data; a checkpoint; the precision of ours."""
+    write_set(folder)
+    data, config = TrainingData(folder), settings()
+    batches = data.batches(SelectConfig(), BATCH, 0, teacher=False)
+    waits, times = [], dict[str, list[float]]()
+    with loaded(batches, config.loader_threads, ROUNDS) as fetch:
+        trainer, step = loop(fetch, config, folder / "checkpoints")
+        steps: dict[str, Callable[[], Any]] = {
+            "ours": lambda: waits.append(step()), "bare": bare(batches, config), "plain": plain_loop(data, half=GPU)
+        }  # fmt: skip
+        if not GPU:
+            steps["ours, fp32"] = loop(batches, SETTINGS, folder / "other")[1]
+            steps["plain, bf16"] = plain_loop(data, half=True)
+        for _ in range(ROUNDS):
+            for name, action in steps.items():
+                times.setdefault(name, []).append(seconds(action))
+    save = statistics.median(seconds(trainer.save) for _ in range(3))
+    return {name: each[WARM_UP:] for name, each in times.items()}, waits[WARM_UP:], save, config.precision
 
 
 def main() -> dict[str, Any]:
-    """Take steps of the three loops in turn, then save, then the large block."""
+    """Take steps of the loops in turn, then save, then the large block."""
     torch.set_num_threads(1)
-    whole, waits, plain, limit = [], [], [], []
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        write_set(folder)
-        data = TrainingData(folder)
-        batches = data.batches(SelectConfig(), BATCH, 0, teacher=False)
-        trainer = Trainer(
-            FlowMatching(network(), TimestepConfig()), SETTINGS, folder / "checkpoints"
-        )  # fmt: skip
-        plain_step, bare_step = plain_loop(data), bare(batches)
-
-        def step(place: int) -> None:
-            began = time.perf_counter()
-            batch = fetch(place).to(DEVICE)
-            waits.append(time.perf_counter() - began)
-            trainer.move(trainer.objective.prepare(batch, Randomness(0, place, batch.slots, DEVICE)))
-
-        with loaded(batches, SETTINGS.loader_threads, ROUNDS) as fetch:
-            for place in range(ROUNDS):
-                whole.append(seconds(lambda place=place: step(place)))  # type: ignore[misc]
-                plain.append(seconds(plain_step))
-                limit.append(seconds(bare_step))
-        save = statistics.median(seconds(trainer.save) for _ in range(3))
-    ours, theirs, floor = (statistics.median(times[WARM_UP:]) for times in (whole, plain, limit))
+        times, waits, save, precision = measured(Path(name))
+    middle = {name: statistics.median(each) for name, each in times.items()}
+    ours, theirs = middle["ours"], middle["plain"]
+    added = statistics.median(a - b for a, b in zip(times["ours"], times["bare"], strict=True))
     figures = {
-        "samples_ratio": theirs / ours, "mfu": large_block_mfu(), "data_wait": statistics.median(waits[WARM_UP:]) / ours,
-        "checkpoint_stall": save / (save + CHECKPOINT_EVERY * ours), "loop_overhead": ours / floor - 1,
+        "samples_ratio": theirs / ours, "mfu": large_block_mfu(), "data_wait": statistics.median(waits) / ours,
+        "checkpoint_stall": save / (save + CHECKPOINT_EVERY * ours), "loop_overhead": added / middle["bare"],
     }  # fmt: skip
     met = {n: value >= BARS[n] if n in ("samples_ratio", "mfu") else value <= BARS[n] for n, value in figures.items()}
     detail = {
-        "batch_size": BATCH, "seconds_per_step": {"ours": ours, "plain": theirs, "bare": floor, "save": save},
+        "batch_size": BATCH, "seconds_per_step": {**middle, "save": save}, "precision": precision,
         "text_tokens": {"ours": f"longest of a batch, {LENGTHS[0]} to {LENGTHS[1]}", "plain": PADDED},
         "figures": [{"name": n, "value": round(v, 4), "bar": BARS[n], "met": met[n]} for n, v in figures.items()],
+        "gpu": torch.cuda.get_device_name() if GPU else None,
     }  # fmt: skip
+    if not GPU:
+        detail["beside"] = {"ours in fp32 against plain": theirs / middle["ours, fp32"],
+                            "ours against plain in bf16 autocast": middle["plain, bf16"] / ours}  # fmt: skip
     value, peer, bar = BATCH / ours, BATCH / theirs, BARS["samples_ratio"]
-    if GPU:
-        detail["gpu"] = torch.cuda.get_device_name()
     return record("training_speed_gpu" if GPU else "training_speed", [0], value, peer, bar, all(met.values()), detail)
 
 

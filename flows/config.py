@@ -245,6 +245,7 @@ class LifecycleConfig(Config):
 
     def _subjects_fit(self) -> None:
         learnt = [stage.name for stage in self.personalize]
+        textual = {stage.name for stage in self.personalize if stage.text is not None}
         for mix in self.mix:
             if unknown := sorted(set(mix.adapters) - set(learnt)):
                 raise ValueError(
@@ -253,10 +254,18 @@ class LifecycleConfig(Config):
             whole = [stage.name for stage in self.personalize if stage.lora is None and stage.name in mix.adapters]
             if whole:
                 raise ValueError(f"mix {mix.name!r} names {whole}, which train all weights (lora: null); mix adapters")
+            if tuned := sorted(name for name in mix.adapters if name in textual):
+                raise ValueError(
+                    f"mix {mix.name!r} names {tuned}, which tune text encoders (text); a mix has the base's"
+                )
         for sweep in self.sweep:
             if sweep.stage not in learnt:
                 raise ValueError(
                     f"sweep {sweep.name!r} varies {sweep.stage!r}, which is no personalize stage; choose from {learnt}"
+                )
+            if sweep.stage in textual:
+                raise ValueError(
+                    f"sweep {sweep.name!r} varies {sweep.stage!r}, which tunes text encoders; set text to null"
                 )
 
     def _distillation_fits(self) -> None:

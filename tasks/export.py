@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from models.networks.checkpoint import read_card
 from models.networks.export import export_pipeline
 from models.personalization import lora_import
 from models.personalization.lora import save_forms
+from models.personalization.text_tuning import tunes_text
 from tasks.config import ExportConfig
 from tasks.training import architecture_of
 
@@ -46,7 +48,10 @@ def wanted(ctx: StageContext) -> dict[str, tuple[str, int | None]]:
 
 
 def export_adapter(checkpoint: Path, target: Path, role: str) -> None:
-    """The adapter in its three forms, named like the folder."""
+    """The adapter in its three forms, named like the folder; as it is where text encoders belong to it."""
+    if tunes_text(checkpoint / "adapter"):
+        shutil.copytree(checkpoint / "adapter", target)
+        return
     adapter = lora_import.read(
         checkpoint / "adapter", families.load(checkpoint / "transformer", read_card(checkpoint)).transformer
     )

@@ -158,7 +158,7 @@ def readings_of(config: MixConfig, ctx: StageContext, made_of: Ingredients) -> d
     rng, found = np.random.default_rng([config.seed, 81]), dict[str, Reading]()
     for name in made_of.counting:
         about = made_of.parts[name].adapter.about
-        prompts = subject_prompts(about, captions, settings.prompts, rng, settings.stand_in)
+        prompts = subject_prompts(about, captions, settings.prompts, rng, settings.stand_in, settings.own_share)
         found[name] = reading(made_of.tuned(name), prompts)
     plain = drawn_from(captions, settings.ordinary, rng)
     return {ORDINARY: reading(with_changes(made_of.base, {}), plain), **found}
@@ -177,21 +177,28 @@ def fit_of(config: MixConfig, readings: Mapping[str, Reading]) -> Callable[[str,
 
 
 def subject_prompts(
-    about: Mapping[str, str], captions: list[str], count: int, rng: np.random.Generator, stand_in: str | None = None
-) -> list[str]:
-    """Captions that name the class, or else `stand_in`, with token and class in its place; templates where there are none."""
+    about: Mapping[str, str], captions: list[str], count: int, rng: np.random.Generator, stand_in: str | None = None,
+    own_share: float = 0.5,
+) -> list[str]:  # fmt: skip
+    """A share of the captions the adapter names as its own; else captions of the training set with the subject in them.
+
+    Those name the class, or else `stand_in`, with token and class in its place; templates where there are none. They alone
+    would ask for the subject where the training set has that word, which may be nearly always beside something else.
+    """
     trigger, name = about.get("trigger", ""), about.get("class", "")
     if not trigger:
         raise ConfigError(
             "a fused or distilled mix draws each adapter's subject, and one has no token; give it one or use sum"
         )
+    own: list[str] = json.loads(about.get("captions", "[]"))
+    taught = drawn_from(own, round(own_share * count), rng) if own else []
     phrase = f"{trigger} {name}".strip()
     for word in (name, stand_in):
         place = re.compile(rf"\b{re.escape(word)}\b") if word else None
         texts = [place.sub(phrase, text) for text in captions if place is not None and place.search(text)]
         if texts:
-            return drawn_from(texts, count, rng)
-    return drawn_from([each.format(phrase) for each in TEMPLATES], count, rng)
+            return taught + drawn_from(texts, count - len(taught), rng)
+    return taught + drawn_from([each.format(phrase) for each in TEMPLATES], count - len(taught), rng)
 
 
 def drawn_from(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,18 @@ from models.engine.randomness import derive_seed
 from models.networks import families, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
+from models.networks.text_features import Encode, PrxText
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
 from models.personalization.lora import add_lora, merge, save_forms, since
-from models.personalization.rare_token import find_tokens, rarest, refuse_token
+from models.personalization.lora_files import Adapter
+from models.personalization.pivotal import PivotalDreamBooth
+from models.personalization.rare_token import find_tokens, rarest, refuse_token, words_of
+from models.personalization.text_tuning import TextTuning, save_rows, words_of_token
 from models.sampling.generate import Generator, load_generator, sample_together
 from tasks.subject_pictures import Subject, demo_subject, own_subject
+from tasks.subject_watch import Asked, watch_of
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
 from tasks.training_data import TrainingData, local_slots, to_model
 
@@ -43,11 +49,13 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
             f"{config.name}: {ctx.inputs['init']} is a {card.family}, subjects are learnt by prx-pixel alone; "
             "set personalize to []"
         )
+    text, around = text_of(config, ctx, token, card), families.surroundings(ctx.inputs["init"], card)
     subject = subject_of(config, ctx, token, card)
-    instance = _pictures(subject.images, subject.captions, card.prompt_max_tokens)
+    instance = _pictures(subject.images, subject.captions, around.encode if text is None else text.text)
     if subject.masks is not None:
         instance = replace(instance, focus=focus_of(torch.from_numpy(subject.masks), config.unmasked_weight))
-    prior = _prior(config, ctx, data.set.captions, token, card.prompt_max_tokens)
+    prompts, images = _prior(config, ctx, data.set.captions, token)
+    prior = _pictures(images, prompts, around.encode)
     denoiser, base = (
         families.load(ctx.inputs["init"] / "transformer", card, data.text_mean, data.text_std) for _ in range(2)
     )
@@ -55,7 +63,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     if config.lora is not None:
         add_lora(denoiser, config.lora, config.train.seed)
         start = lora_files.from_module(denoiser.transformer, {}) if config.lora.init == "pissa" else None
-    objective = DreamBooth(denoiser, config.timesteps, base if config.prior == "prediction" else None)
+    objective = objective_of(config, denoiser, base, text, [*subject.captions, *prompts])
     slots = local_slots(config.train.batch_size)
     batches = mixed_batches(instance, prior, config.prior_weight, slots, config.train.seed)
     trained: list[Denoiser] = []
@@ -65,20 +73,65 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
         trained[:] = [adapted]
         return adapted if config.lora is None else merge(adapted)
 
-    prompts = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
-    facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts)
+    watch = None
+    if config.until is not None:
+        asked = Asked(subject.captions, instance.images)
+        watch = watch_of(config, ctx, denoiser, base, asked, data.set.captions)
+    shown = [f"a big {token} {config.class_word} on a {color} background" for color in demo.BACKGROUNDS]
+    facts = run_training(
+        objective, batches, config.train, ctx, model_of, card, [] if text is not None else shown, watch
+    )
     if world()[0] == 0:
+        if text is not None:
+            text.save(ctx.out)
         if config.lora is not None:
-            about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word}
-            adapter = lora_files.from_module(trained[0].transformer, about)
-            save_forms(adapter if start is None else since(adapter, start), ctx.out / "adapter", config.name)
+            about = {"base": ctx.parents["init"].digest, "trigger": token, "class": config.class_word,
+                     "captions": json.dumps(list(dict.fromkeys(subject.captions)))}  # fmt: skip
+            write_adapter(lora_files.from_module(trained[0].transformer, about), start, text, ctx)
         show(subject, load_generator(ctx.out), load_generator(ctx.inputs["init"]), ctx)
-    return facts | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
+    learning = {} if watch is None else watch.report()
+    return facts | learning | {"instance_pictures": len(instance), "class_pictures": len(prior), "token": token} | found
+
+
+def objective_of(
+    config: DreamBoothConfig, denoiser: Denoiser, base: Denoiser, text: TextTuning | None, prompts: list[str]
+) -> DreamBooth:
+    """DreamBooth, with the text encoders where they learn too; `prompts` are those of instance and prior pictures."""
+    kept = base if config.prior == "prediction" else None
+    if text is None:
+        return DreamBooth(denoiser, config.timesteps, kept)
+    return PivotalDreamBooth(denoiser, config.timesteps, kept, text, prompts, config.train.steps)
+
+
+def text_of(config: DreamBoothConfig, ctx: StageContext, token: str, card: SamplingCard) -> TextTuning | None:
+    """The text encoder with what is learnt of it, or nothing where its features are taken as they are."""
+    if config.text is None:
+        return None
+    words = token.split() if config.text.vectors else []
+    encoder = PrxText(ctx.inputs["init"], card.prompt_max_tokens, clean=False)
+    return TextTuning(encoder, config.text, words, config.text.initial or config.class_word, config.train.seed)
+
+
+def write_adapter(adapter: Adapter, start: Adapter | None, text: TextTuning | None, ctx: StageContext) -> None:
+    """The adapter's forms; with a LoRA on the text encoder diffusers' alone, and learnt rows beside them."""
+    adapter, folder = adapter if start is None else since(adapter, start), ctx.out / "adapter"
+    on_text = {} if text is None else text.adapters()
+    if on_text:
+        lora_files.save_diffusers(adapter, folder, on_text)
+    else:
+        save_forms(adapter, folder, ctx.name)
+    if text is not None and text.words:
+        save_rows(folder, text.words, text.rows())
 
 
 def token_of(config: DreamBoothConfig, ctx: StageContext, captions: list[str]) -> tuple[str, dict[str, Any]]:
     """The subject's token, given and sound or the finder's first, and the finder's list for the facts."""
     tokenizer: PreTrainedTokenizerBase = text_encoder.modules()[1]
+    if config.learnt_words:
+        word = config.token or f"{config.label.replace('-', '')}0"
+        if word.lower() in words_of(captions):
+            raise ConfigError(f"token {word!r} is in captions the model was trained on; give the subject a new word")
+        return " ".join(words_of_token(word, config.learnt_words)), {}
     if config.token is not None:
         refuse_token(config.token, tokenizer, captions, config.class_word)
         return config.token, {}
@@ -102,15 +155,16 @@ def show(subject: Subject, tuned: Generator, base: Generator, ctx: StageContext)
     save_grid(np.concatenate(rows), ctx.out / "grid.png", columns=len(captions))
 
 
-def _prior(config: DreamBoothConfig, ctx: StageContext, captions: list[str], token: str, max_tokens: int) -> Pictures:
-    """The base model's pictures of ordinary prompts."""
+def _prior(
+    config: DreamBoothConfig, ctx: StageContext, captions: list[str], token: str
+) -> tuple[list[str], np.ndarray]:  # fmt: skip
+    """Ordinary prompts, and the base model's pictures of them."""
     count = config.class_pictures if config.prior_weight > 0 else 0
     if count == 0:
-        return Pictures(torch.empty(0), torch.empty(0), torch.empty(0))
+        return [], np.empty(0)
     prompts = class_prompts(config, captions, token, count)
-    generator = load_generator(ctx.inputs["init"])
-    images = sample_together(generator, prompts, [derive_seed(config.train.seed, "class", i) for i in range(count)])
-    return _pictures(images, prompts, max_tokens)
+    seeds = [derive_seed(config.train.seed, "class", i) for i in range(count)]
+    return prompts, sample_together(load_generator(ctx.inputs["init"]), prompts, seeds)
 
 
 def class_prompts(config: DreamBoothConfig, captions: list[str], token: str, count: int) -> list[str]:
@@ -139,6 +193,7 @@ def class_prompts(config: DreamBoothConfig, captions: list[str], token: str, cou
     return [frames[i].replace("{subject}", phrases[i]) if foreign[i] else prompts[i] for i in range(count)]
 
 
-def _pictures(images: np.ndarray, captions: list[str], max_tokens: int) -> Pictures:
-    tokens, mask = text_encoder.encode(captions, max_tokens)
-    return Pictures(to_model(images), tokens, mask)
+def _pictures(images: np.ndarray, captions: list[str], encode: Encode) -> Pictures:
+    if not captions:
+        return Pictures(torch.empty(0), torch.empty(0), torch.empty(0))
+    return Pictures(to_model(images), *encode(captions))

@@ -110,7 +110,7 @@ def stage(store: Store, graph: Graph, artifact: Artifact, steps: int | None, fol
     run = _run_of(store, artifact, wish.run)
     found = judged(store, graph, artifact, steps, card.steps)
     _pass(artifact, found, run, wish.anyway)
-    adapter = (checkpoint / "adapter").is_dir() and not wish.merged
+    adapter = (checkpoint / "adapter").is_dir() and not wish.merged and not _with_text(checkpoint / "adapter")
     base = _base_of(card.origin) if wish.base is None else _repo_id(wish.base)
     usage, note, scheduler = _files(checkpoint, folder, artifact, steps, source, adapter, base, found.prompts)
     told = json.loads((folder / "sampling.json").read_text())
@@ -151,6 +151,13 @@ def _pass(artifact: Artifact, found: Judged, run: dict[str, Any], anyway: bool) 
             f"{artifact.stage} {artifact.digest[:12]} is not published: {'; '.join(missed)}; "
             "publish another checkpoint, or this one with --anyway, which its card will say"
         )
+
+
+def _with_text(adapter: Path) -> bool:
+    """Whether text encoders belong to an adapter, so that only the whole model can be given away."""
+    from models.personalization.text_tuning import tunes_text
+
+    return tunes_text(adapter)
 
 
 def _files(checkpoint: Path, folder: Path, artifact: Artifact, steps: int, source: str, adapter: bool, base: str | None, prompts: Sequence[str]) -> tuple[str, str, str]:  # fmt: skip

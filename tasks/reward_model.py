@@ -20,6 +20,7 @@ from models.engine.weights import put_weights
 from models.evaluation.intervals import wilson
 from models.networks import text_encoder
 from models.networks.discriminator import text_vector
+from models.posttraining.alignment import Neighbours
 from models.posttraining.calibration import calibration_error, kept_probability, temperature
 from models.posttraining.config import RewardModelConfig
 from models.posttraining.preference_pairs import TRAIN, read_pairs
@@ -122,6 +123,10 @@ def batches_of(pairs: Pairs, curated: Curated | None, config: RewardModelConfig)
     """Training pairs, and as many captioned pictures, as a pure function of the step: a fresh permutation each epoch."""
     chosen = torch.from_numpy(np.flatnonzero(pairs.part == "train"))
     size, seed = config.train.batch_size, config.train.seed
+    near = None
+    if curated is not None and config.near:
+        near = Neighbours.of(curated.short, curated.text, config.near)
+    drawn = size if near is None else size - size // 2  # the others stand beside these
 
     def batch(step: int) -> Batch:
         slots = tuple(range(size))
@@ -130,8 +135,11 @@ def batches_of(pairs: Pairs, curated: Curated | None, config: RewardModelConfig)
         text = pairs.text[rows][:, None]
         extra = {"winner": pairs.winner[rows], "loser": pairs.loser[rows], "prompt": pairs.prompt[rows]}
         if curated is not None:
-            ids = shuffled(seed, "curated order", len(curated.pictures), places)
-            long = Randomness(seed, step, slots).uniform("long captions") < LONG_CAPTIONS
+            ids = shuffled(seed, "curated order", len(curated.pictures), range(step * drawn, (step + 1) * drawn))
+            rng = Randomness(seed, step, slots)
+            if near is not None:
+                ids = torch.cat([ids, near.beside(ids, rng.uniform("near captions", (2,))[:drawn])])[:size]
+            long = rng.uniform("long captions") < LONG_CAPTIONS
             asked = torch.where(long, curated.long[ids], curated.short[ids])
             extra |= {"curated": curated.pictures[ids], "captions": curated.text[asked], "caption": curated.short[ids]}
         return Batch(text, text, torch.ones(size, 1, dtype=torch.bool), slots, extra=extra)

@@ -63,7 +63,7 @@ def own_subject(
     for number, row in enumerate(rows):
         written = row["caption"] or config.templates[number % len(config.templates)]
         caption = written.replace("{subject}", phrase)
-        if token.lower() not in words_of([caption]):
+        if not set(token.lower().split()) <= words_of([caption]):
             raise DataRefused(
                 f"the caption of {row['name']}, {written!r}, does not name the subject; "
                 f"write {{subject}} where it stands, or the token {token!r} before its class"

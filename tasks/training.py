@@ -100,9 +100,8 @@ def run_training(
     if world()[0] == 0 and snapshots.exists():
         shutil.copytree(snapshots, ctx.out / "ema-snapshots", dirs_exist_ok=True)
     speed = {name: round(value, 4) for name, value in trainer.meter.numbers().items()}
-    return {
-        "steps": trainer.step, "samples": trainer.step * config.batch_size, "last": trainer.rows[-1], "speed": speed,
-    }  # fmt: skip
+    last = trainer.rows[-1] if trainer.rows else {}  # a watch may end a run before its first row
+    return {"steps": trainer.step, "samples": trainer.step * config.batch_size, "last": last, "speed": speed}
 
 
 def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, Any]:

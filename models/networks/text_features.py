@@ -15,6 +15,7 @@ from models.networks import text_encoder
 from models.networks.sd3 import packed
 
 Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool, both on the CPU
+Towers = dict[str, tuple[Any, Any]]  # text encoder and tokenizer by the encoder's name in the stock pipeline
 
 
 class Encode(Protocol):
@@ -29,6 +30,17 @@ class Encode(Protocol):
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut, the tokenizer's own marks included."""
+
+
+class TrainableText(Encode, Protocol):
+    """Text encoders that can be tuned: they answer with gradients and show what they are made of."""
+
+    @property
+    def towers(self) -> Towers:
+        """Encoders and tokenizers."""
+
+    def features(self, prompts: Sequence[str]) -> Features:
+        """As the call, with gradients."""
 
 
 class PackagedText:
@@ -57,9 +69,18 @@ class PrxText:
         self.longest = max_tokens
         self.model, self.tokenizer = prx_text_modules(folder)
 
+    @property
+    def towers(self) -> Towers:
+        """The encoder and its tokenizer by the pipeline's name."""
+        return {"text_encoder": (self.model, self.tokenizer)}
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Features:
-        """Features and mask of prompts, padded as the pipeline pads; no masked token changes another."""
+        """Features and mask of prompts."""
+        return self.features(prompts)
+
+    def features(self, prompts: Sequence[str]) -> Features:
+        """As the call, with gradients; padded as the pipeline pads, no masked token changes another."""
         batch = self.tokenizer(
             [self.clean(prompt) for prompt in prompts], padding=True, max_length=self.longest, truncation=True,
             return_attention_mask=True, return_tensors="pt",
@@ -103,9 +124,20 @@ class Sd3Text:
         self.tokenizer: Any = self.pipeline.tokenizer_3 if t5 else self.pipeline.tokenizer
         self.longest = max_tokens if t5 else int(self.pipeline.tokenizer_max_length)
 
+    @property
+    def towers(self) -> Towers:
+        """Every encoder there is and its tokenizer by the pipeline's names."""
+        found = {f"text_encoder{end}": (getattr(self.pipeline, f"text_encoder{end}"), getattr(self.pipeline, f"tokenizer{end}"))
+                 for end in ("", "_2", "_3")}  # fmt: skip
+        return {name: pair for name, pair in found.items() if pair[0] is not None}
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Features:
         """Packed features of prompts and a mask that is all True."""
+        return self.features(prompts)
+
+    def features(self, prompts: Sequence[str]) -> Features:
+        """As the call, with gradients."""
         pipe, asked = self.pipeline.to(compute_device()), list(prompts)
         parts = [pipe._get_clip_prompt_embeds(asked, clip_model_index=i) for i in (0, 1)]
         clip = torch.cat([tokens for tokens, _ in parts], -1)

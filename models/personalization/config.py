@@ -17,6 +17,57 @@ from models.pretraining.config import TimestepConfig
 MixMethod = Literal["sum", "svd", "ties", "dare", "fused", "distilled"]
 
 
+class TextTuningConfig(Config):
+    """What is learnt of the text encoders beside the adapter; the prompts are then encoded in every step."""
+
+    vectors: int = Field(
+        default=1,
+        ge=0,
+        le=8,
+        description="Embeddings learnt for the token, a word new to the tokenizer; 0: a rare token",
+    )
+    initial: str | None = Field(default=None, min_length=1, description="Word they start from; null: the class word")
+    alone: float = Field(
+        default=0.2, ge=0, lt=1, description="Share of the steps, the first ones, in which only the text moves"
+    )
+    until: float = Field(default=0.5, ge=0, le=1, description="Share of the steps after which the text stays as it is")
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="Adapter of the text encoders; targets are theirs, such as query and value; null: none",
+    )
+    token_optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(muon_lr=None, adamw_lr=5e-3, warmup_steps=0), description="How the embeddings move"
+    )
+    lora_optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(muon_lr=None, adamw_lr=5e-4, warmup_steps=10), description="How that adapter moves"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> TextTuningConfig:
+        if self.vectors == 0 and self.lora is None:
+            raise ValueError(
+                "text.vectors=0 without text.lora learns nothing of the text; set one of them, or text to null"
+            )
+        if self.alone > self.until:
+            raise ValueError(f"text.alone={self.alone} is beyond text.until={self.until}; lower alone or raise until")
+        if self.lora is not None and (self.lora.kind not in ("lora", "rslora") or self.lora.init == "pissa"):
+            raise ValueError(
+                f"text.lora kind={self.lora.kind} init={self.lora.init} has no form that stock diffusers loads into a text "
+                "encoder; set kind to lora or rslora and init to zero"
+            )
+        return self
+
+
+class UntilLearntConfig(Config):
+    """When DreamBooth ends before `train.steps`, which are then the most."""
+
+    every: int = Field(default=60, ge=1, description="Steps between looks")
+    patience: int = Field(default=2, ge=1, description="Looks that together must gain so much, or it ends")
+    gain: float = Field(default=0.01, ge=0, description="Least gain of similarity to the subject's own pictures")
+    max_drift: float = Field(default=0.05, gt=0, description="Change of the velocity for ordinary prompts that ends it")
+    pictures: int = Field(default=16, ge=1, description="Pictures drawn of the subject in each look")
+
+
 class DreamBoothConfig(Config):
     """DreamBooth with prior preservation, as an adapter or with all weights."""
 
@@ -65,11 +116,22 @@ class DreamBoothConfig(Config):
         default=LoraConfig(),
         description="The adapter; null: all weights are trained, for comparison, and there is no adapter",
     )
+    text: TextTuningConfig | None = Field(
+        default=None, description="What is learnt of the text encoders too; null: nothing", json_schema_extra=IF_SET
+    )
+    until: UntilLearntConfig | None = Field(
+        default=None, description="Ends when the subject is learnt; null: after all steps", json_schema_extra=IF_SET
+    )
     train: TrainConfig = TrainConfig(
         steps=150, batch_size=16, ema_gamma=6.0, log_every=10,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=2e-3, warmup_steps=10, decay_from=0.5),
     )  # fmt: skip
     timesteps: TimestepConfig = TimestepConfig()
+
+    @property
+    def learnt_words(self) -> int:
+        """Embeddings that are learnt for the token; 0: it is a rare one."""
+        return 0 if self.text is None else self.text.vectors
 
     @property
     def folder(self) -> Path | None:
@@ -114,6 +176,10 @@ class FusionConfig(Config):
     prompts: int = Field(default=32, ge=1, description="Prompts of each subject")
     ordinary: int = Field(default=64, ge=1, description="Prompts without a subject, on which nothing should change")
     ordinary_weight: float = Field(default=1.0, ge=0, description="How much those count against one subject's")
+    own_share: float = Field(
+        default=0.5, ge=0, le=1, description="Share of a subject's prompts that are the captions its adapter was taught with",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
     steps: int = Field(default=4, ge=1, description="Steps drawn, each with other inputs")
     ridge: float = Field(default=1e-3, gt=0, description="Against directions nobody reads, times the mean square read")
     stand_in: str | None = Field(

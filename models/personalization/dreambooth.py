@@ -9,7 +9,6 @@ Some prior prompts name another rare token, which must mean to the adapted model
 that answers to any unknown word spoils every other one it is mixed with.
 With masks a pixel of an instance picture counts as much as its mask says, so that the subject is learnt and not its
 background; `unmasked` is what is left of the weight outside, and every picture's weights have mean 1.
-Left out: pivotal tuning.
 """
 
 from __future__ import annotations
@@ -83,7 +82,8 @@ def mixed_batches(
 ) -> Callable[[int], Batch]:
     """Even slots show the subject, odd slots the class; with no prior pictures every slot shows the subject.
 
-    Text is cut where the longest prompt ends. Weights make the batch mean equal L(instance) + prior_weight * L(prior); `extra["prior"]` bool [B] marks the class.
+    Text is cut where the longest prompt ends. Weights make the batch mean equal L(instance) + prior_weight * L(prior); `extra["prior"]` bool [B] marks the class;
+    `extra["prompt"]` int64 [B] is the row's place among the prompts of instance and prior.
     """
     if not len(instance):
         raise ValueError("no instance pictures; DreamBooth needs at least one picture of the subject")
@@ -91,7 +91,7 @@ def mixed_batches(
 
     def batch(step: int) -> Batch:
         draws = Randomness(seed, step, slots).uniform("picture")
-        images, tokens, masks, weights, of_class, focus = [], [], [], [], [], []
+        images, tokens, masks, weights, of_class, prompts, focus = [], [], [], [], [], [], []
         for slot, u in zip(slots, draws.tolist(), strict=True):
             own = len(prior) == 0 or slot % 2 == 0
             source = instance if own else prior
@@ -101,9 +101,12 @@ def mixed_batches(
             masks.append(source.mask[index, :longest])
             weights.append(1.0 if len(prior) == 0 else 2.0 if own else 2.0 * prior_weight)
             of_class.append(not own)
+            prompts.append(index if own else len(instance) + index)
             if instance.focus is not None:
                 focus.append(instance.focus[index] if own else torch.ones_like(instance.focus[0]))
-        extra = {"prior": torch.tensor(of_class)} | ({"focus": torch.stack(focus)} if focus else {})
+        extra = {"prior": torch.tensor(of_class), "prompt": torch.tensor(prompts)} | (
+            {"focus": torch.stack(focus)} if focus else {}
+        )
         return Batch(
             torch.stack(images), torch.stack(tokens), torch.stack(masks), slots,
             weight=torch.tensor(weights), extra=extra,

@@ -4,8 +4,8 @@ A layer's change of weight is s B A (Hu et al. 2021, arXiv:2106.09685), s = alph
 arXiv:2312.03732). DoRA (arXiv:2402.09353, eq. 5) gives each row of W + s B A the learned length m; kohya's key for m
 is `.dora_scale` [O, 1]. Loaders disagree on where alpha is written, and stock loaders skip keys they do not know; so s
 is folded into B (alpha = r in every form), and lora_import.py reads them strictly. LoHa and LoKr
-(lycoris.py) keep their own matrices beside the LoRA that makes the same change. Left out: convolutions and text
-encoders; they are refused.
+(lycoris.py) keep their own matrices beside the LoRA that makes the same change. A LoRA on text encoders goes into diffusers' form alone.
+Left out: convolutions; they are refused.
 
 I, O: a layer's inputs and outputs; R: rank.
 """
@@ -17,8 +17,10 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -33,6 +35,7 @@ from models.personalization.lycoris import Product, factored
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+ROWS_FILE = "learned_embeds.safetensors"  # text_tuning.py: embeddings of a learnt word, beside an adapter
 ADAPTER_PART = re.compile(r"\.(lora|lokr|hada)_")
 KOHYA_PREFIXES = ("lora_transformer_", "lora_unet_")  # the first is what ComfyUI maps to diffusers' names of SD3 layers
 
@@ -115,21 +118,24 @@ def from_module(module: nn.Module, about: dict[str, str], name: str = "default")
 def save_peft(adapter: Adapter, folder: Path) -> None:
     """Write adapter_model.safetensors with the prefix peft asks for, and adapter_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PEFT_FILE).write_bytes(_bytes(_named(adapter, "base_model.model."), _about(adapter)))
+    (folder / PEFT_FILE).write_bytes(to_bytes(_named(adapter, "base_model.model."), _about(adapter)))
     fixed = {"peft_type": "LORA", "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
     plain = adapter.settings(list(adapter.ranks)) | fixed
     settings = lycoris.settings(adapter.products) if adapter.products else plain
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
-def save_diffusers(adapter: Adapter, folder: Path) -> Path:
-    """Write pytorch_lora_weights.safetensors for `pipeline.load_lora_weights(folder)`."""
+def save_diffusers(adapter: Adapter, folder: Path, text: Mapping[str, Adapter] = MappingProxyType({})) -> Path:
+    """Write pytorch_lora_weights.safetensors for `pipeline.load_lora_weights(folder)`; `text` by text encoder."""
     if adapter.products:
         raise ValueError("diffusers loads no LoHa and no LoKr; save peft's or kohya's form, or merge the adapter")
-    settings = {f"transformer.{key}": value for key, value in adapter.settings(list(adapter.ranks)).items()}
+    settings, tensors = dict[str, Any](), dict[str, Tensor]()
+    for name, part in {"transformer": adapter, **text}.items():
+        settings |= {f"{name}.{key}": value for key, value in part.settings(list(part.ranks)).items()}
+        tensors |= _named(part, f"{name}.")
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)} | _about(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DIFFUSERS_FILE).write_bytes(_bytes(_named(adapter, "transformer."), header))
+    (folder / DIFFUSERS_FILE).write_bytes(to_bytes(tensors, header))
     return folder / DIFFUSERS_FILE
 
 
@@ -159,10 +165,10 @@ def save_kohya(adapter: Adapter, path: Path, architecture: str, prefix: str = KO
     }  # fmt: skip
     if trigger := adapter.about.get("trigger"):
         header["modelspec.trigger_phrase"] = trigger
-    plain = _bytes(tensors, {})
+    plain = to_bytes(tensors, {})
     header["sshs_model_hash"] = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_bytes(tensors, header | _about(adapter)))
+    path.write_bytes(to_bytes(tensors, header | _about(adapter)))
 
 
 def attach(module: nn.Module, adapter: Adapter, name: str = "default") -> None:
@@ -196,7 +202,7 @@ def _about(adapter: Adapter) -> dict[str, str]:
     return {"t2i": json.dumps(adapter.about, sort_keys=True)}
 
 
-def _bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file with its metadata in sorted order; the library writes several keys in random order."""
     raw: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     start = 8 + int.from_bytes(raw[:8], "little")

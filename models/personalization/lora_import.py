@@ -20,8 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.personalization import lycoris
-from models.personalization.lora_files import DIFFUSERS_FILE, KOHYA_PREFIXES, PEFT_FILE, Adapter, attach, linear_sides
+from models.personalization.lora_files import (
+    DIFFUSERS_FILE,
+    KOHYA_PREFIXES,
+    PEFT_FILE,
+    ROWS_FILE,
+    Adapter,
+    attach,
+    linear_sides,
+)
 
+TRANSFORMER = "transformer"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PEFT_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "m"}
 KOHYA_PARTS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha", ".dora_scale": "m"}
@@ -45,24 +54,58 @@ def load(module: nn.Module, path: Path, base: str | None = None, name: str = "de
 def read(path: Path, module: nn.Module, base: str | None = None) -> Adapter:
     """The adapter in a peft folder, a diffusers file or a kohya file; every refusal names the file and the key.
 
-    `base` is the digest of the base at hand; it must be the one the file names, if the file names one.
+    `base` is the digest of the base at hand; it must be the one the file names, if the file names one. What changes
+    text encoders too is refused: half of it would draw something else.
     """
+    rows = path / ROWS_FILE
+    if rows.is_file():
+        raise ValueError(f"{rows} belongs to this adapter, which means nothing without its word; take the checkpoint")
+    return read_with_text(path, module, {}, base)[0]
+
+
+def read_with_text(
+    path: Path, module: nn.Module, encoders: Mapping[str, nn.Module], base: str | None = None
+) -> tuple[Adapter, dict[str, Adapter]]:
+    """As `read`, with the adapters of a diffusers file for text encoders, by name; `encoders` are those at hand, stock."""
     file = _locate(path)
     tensors, header = _open(file)
     about = _json(file, "t2i", header.get("t2i", "{}"))
     _compare_base(file, about.get("base"), base)
     form = _form(file, tensors)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        owner = key.split(".")[0] if form == "diffusers" and key.startswith("text_encoder") else TRANSFORMER
+        if owner != TRANSFORMER and owner not in encoders:
+            raise ValueError(
+                f"{file}: {key} is for {owner}, which the base at hand does not hand out; take the checkpoint"
+            )
+        groups.setdefault(owner, {})[key] = value
+    parts = {TRANSFORMER: module, **encoders}
+    found = {
+        owner: _adapter(
+            file, owner, group, linear_sides(parts[owner]), _settings(file, form, header, owner), form, about
+        )
+        for owner, group in groups.items()
+    }
+    if TRANSFORMER not in found:
+        raise ValueError(f"{file}: changes text encoders only; there is no adapter of the denoiser in it")
+    return found.pop(TRANSFORMER), found
+
+
+def _adapter(
+    file: Path, owner: str, tensors: dict[str, Tensor], sides: dict[str, tuple[int, int]], settings: dict[str, Any],
+    form: Form, about: dict[str, str],
+) -> Adapter:  # fmt: skip
+    """The adapter of one module, the keys of other modules left out."""
     suffixes = _suffixes(form, tensors)
-    sides = linear_sides(module)
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}  # layer -> A, B or alpha -> key, tensor
     for key, value in sorted(tensors.items()):
-        layer, part = _place(file, key, form, sides, suffixes)
+        layer, part = _place(file, key, form, sides, suffixes, owner)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{file}: {key} has NaN or infinite values; the training broke, train again")
         if part in parts.setdefault(layer, {}):
             raise ValueError(f"{file}: {key} and {parts[layer][part][0]} are the same part of {layer}; keep one")
         parts[layer][part] = (key, value)
-    settings = _settings(file, form, header)
     if suffixes is PRODUCT_PARTS or suffixes is PRODUCT_KOHYA:
         products = {layer: _product(file, layer, found, sides[layer], settings) for layer, found in parts.items()}
         return Adapter.of_products(products, about)
@@ -210,8 +253,8 @@ def _alpha(file: Path, key: str, alpha: Tensor) -> float:
 
 
 def _place(
-    file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]], suffixes: dict[str, str]
-) -> tuple[str, str]:
+    file: Path, key: str, form: Form, sides: dict[str, tuple[int, int]], suffixes: dict[str, str], owner: str
+) -> tuple[str, str]:  # fmt: skip
     """The layer a key belongs to and which part of it: A, B or alpha."""
     suffix = next((s for s in suffixes if key.endswith(s)), None)
     if suffix is None:
@@ -223,7 +266,7 @@ def _place(
             prefix = next((p for p in KOHYA_PREFIXES if key.startswith(p)), None)
             names = [n for n in sides if prefix and n.replace(".", "_") == stem.removeprefix(prefix)]
         case "diffusers":
-            names = [n for n in sides if f"transformer.{n}" == stem]
+            names = [n for n in sides if f"{owner}.{n}" == stem]
         case "peft":
             names = [n for n in sides if n == stem.removeprefix("base_model.model.")]
     if len(names) != 1:
@@ -231,15 +274,15 @@ def _place(
     return names[0], suffixes[suffix]
 
 
-def _settings(file: Path, form: Form, header: dict[str, str]) -> dict[str, Any]:
-    """The peft settings that came with the tensors; empty if none did."""
+def _settings(file: Path, form: Form, header: dict[str, str], owner: str) -> dict[str, Any]:
+    """The peft settings that came with a module's tensors; empty if none did."""
     if form == "peft":
         beside = file.parent / "adapter_config.json"
         if not beside.is_file():
             raise ValueError(f"{beside}: missing, so the scale of {file.name} is unknown; copy the whole folder")
         return _json(beside, "adapter_config.json", beside.read_text())
     said = _json(file, "lora_adapter_metadata", header.get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix("transformer."): value for key, value in said.items() if key.startswith("transformer.")}
+    return {key.removeprefix(f"{owner}."): value for key, value in said.items() if key.startswith(f"{owner}.")}
 
 
 def _compare_base(file: Path, stored: str | None, base: str | None) -> None:

@@ -3,11 +3,14 @@
 ImageReward (arXiv:2304.05977, sec. 3) and PickScore (arXiv:2305.01569, sec. 4) start from BLIP and CLIP, whose training
 this stands for at small size: InfoNCE in both directions (arXiv:2103.00020, fig. 3) over curated pictures and over the
 compared ones, and pairs that need no judge, a curated picture against itself spoilt. Pictures here are in [-1, 1].
+Chance foes differ in everything; with neighbours (NegCLIP, arXiv:2210.01936, sec. 4) half of a batch asks nearly the same
+as the other half, so that object, place and background must be told apart one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +20,8 @@ from models.evaluation import corruptions as corrupt
 
 NEVER = -1e4  # logit of a caption that says the same as the right one
 REACH = 2  # pixels
+LEAST_STD = 1e-3
+ROWS = 512  # captions compared with all others at a time
 
 
 def info_nce(logits: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
@@ -25,6 +30,39 @@ def info_nce(logits: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
     twins = (caption[:, None] == caption) & ~torch.eye(size, dtype=torch.bool, device=logits.device)
     logits, right = logits.masked_fill(twins, NEVER), torch.arange(size, device=logits.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Pictures whose captions are near each other's."""
+
+    caption: torch.Tensor  # [M], number of each picture's caption, 0 to C - 1
+    near: torch.Tensor  # [C, K], the captions nearest to each, itself left out
+    order: torch.Tensor  # [M], pictures by caption
+    start: torch.Tensor  # [C + 1], where a caption's pictures start in `order`
+
+    @classmethod
+    def of(cls, short: torch.Tensor, text: torch.Tensor, count: int) -> Neighbours:
+        """Of pictures with captions `short` [M], rows of `text` [N, D]; at most as many as there are other captions."""
+        used, caption = torch.unique(short, return_inverse=True)
+        if len(used) < 2:
+            raise ValueError(f"pictures of {len(used)} caption have no near others; set reward_model.near to 0")
+        features = text[used]
+        scaled = F.normalize((features - features.mean(0)) / features.std(0).clamp_min(LEAST_STD), dim=1)
+        alike = [part @ scaled.T for part in scaled.split(ROWS)]
+        most = min(count + 1, len(used))
+        near = torch.cat([part.topk(most, dim=1).indices for part in alike])
+        own = torch.arange(len(used))[:, None]
+        others = near.where(near != own, near[:, -1:])[:, :-1]  # a twin may stand before the caption itself
+        sizes = torch.bincount(caption, minlength=len(used))
+        return cls(caption, others, caption.argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
+
+    def beside(self, pictures: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+        """For each picture [B] one of a near caption; `chance` [B, 2] uniform in [0, 1) says which caption and picture."""
+        near = self.near[self.caption[pictures]]
+        asked = near.gather(1, (chance[:, :1] * near.shape[1]).long())[:, 0]
+        count = self.start[asked + 1] - self.start[asked]
+        return self.order[self.start[asked] + (chance[:, 1] * count).long()]
 
 
 def varied(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -59,9 +59,7 @@ class GuardConfig(Config):
     prompts: int = Field(default=24, ge=1, description="Prompts that are never trained on")
     seeds: int = Field(default=4, ge=2, description="Pictures per prompt")
     patience: int = Field(default=2, ge=1, description="Bad looks in a row after which training stops")
-    errors: float = Field(
-        default=2.0, ge=0, description="Standard errors by which the held-out reward may lie below the start's"
-    )
+    errors: float = Field(default=2.0, ge=0, description="Standard errors the held-out reward may lie below the start")
     min_diversity: float = Field(default=0.8, ge=0, description="Least within-prompt diversity over the start's")
     max_drift: float | None = Field(
         default=None, gt=0, description="Largest squared change of the velocity at any time, over its square; null: any"
@@ -83,11 +81,7 @@ class DpoConfig(Config):
     beta_per_element: float = Field(
         default=0.5, gt=0, description="beta over the sum of squared errors; beta on the mean is this times 3HW"
     )
-    anchor: float = Field(
-        default=0.25,
-        ge=0,
-        description="Flow matching on the preferred pictures, over the preference's strongest pull beta/2",
-    )
+    anchor: float = Field(default=0.25, ge=0, description="Weight of flow matching on the winners, in units of beta/2")
     guard: GuardConfig | None = Field(default=None, description="Stops reward hacking; null: no guard")
     lora: LoraConfig | None = Field(
         default=None, description="Train adapters of these layers only; null: all weights", json_schema_extra=IF_SET
@@ -182,17 +176,22 @@ class GrpoConfig(GroupedConfig):
         default="stays", description="stays: the first steps; random: anew each step; progressive: on by one in time"
     )
     window_every: int = Field(default=25, ge=1, description="Training steps after which a progressive window moves")
-    same_noise: bool = Field(default=False, description="One first noise for the whole group")
+    window_from: int = Field(default=0, ge=0, description="First step that may be stochastic", json_schema_extra=IF_SET)
+    guidance: float | None = Field(
+        default=None, ge=1, json_schema_extra=IF_SET,
+        description="Guidance of rollouts and training; null: the checkpoint's own",
+    )  # fmt: skip
+    same_noise: bool = Field(default=False, description="One first noise for the whole group, computed once")
     updates: int = Field(default=1, ge=1, description="Moves per batch of rollouts")
     clip_range: float = Field(default=1e-3, gt=0, description="Clip of the ratio; log-probabilities are per element")
     kl: float = Field(default=0.0, ge=0, description="Weight of the KL to the reference, per element and step")
 
     @model_validator(mode="after")
     def _window_fits(self) -> GrpoConfig:
-        if self.window >= self.steps:
+        if self.window_from + self.window >= self.steps:
             raise ValueError(
-                f"window={self.window} of steps={self.steps}: the last step adds no noise; "
-                f"take a window of at most {self.steps - 1}"
+                f"window={self.window} from step {self.window_from} of steps={self.steps}: the last step adds no noise; "
+                f"let it end by step {self.steps - 1}"
             )
         if self.sampler == "cps" and self.eta >= 1:
             raise ValueError(f"eta={self.eta} with cps keeps nothing of x_t; choose eta below 1")
@@ -233,13 +232,14 @@ class RewardModelConfig(Config):
         steps=800, batch_size=64, ema_gamma=6.0, log_every=20,
         optimizer=OptimizerConfig(muon_lr=None, adamw_lr=3e-3, weight_decay=0.05, warmup_steps=20),
     )  # fmt: skip
-    side: int = Field(
-        default=32, ge=16, multiple_of=8, description="Pictures are averaged down to squares of this side"
-    )
+    side: int = Field(default=32, ge=16, multiple_of=8, description="Side that pictures are averaged down to")
     width: int = Field(default=16, ge=8, multiple_of=8, description="Channels of the first convolution")
     features: int = Field(default=128, ge=1, description="Features that picture and prompt are compared by")
     alignment: float = Field(default=1.0, ge=0, description="Weight of captioned pictures; 0: preferences alone")
     alone: float = Field(default=0.4, ge=0, lt=1, description="Share of the steps that they teach before preferences")
+    near: int = Field(
+        default=0, ge=0, description="Half have one of so many nearest captions", json_schema_extra=IF_SET
+    )
     validation: float = Field(default=0.4, gt=0, lt=1, description="Share of the prompts that are not trained on")
     calibration: float = Field(default=0.1, gt=0, lt=1, description="Share of these that fits the temperature")
     label_noise: float = Field(default=0.0, ge=0, lt=0.5, description="Share of the pairs turned round on purpose")

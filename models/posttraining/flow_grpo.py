@@ -11,7 +11,7 @@ branches. With one update per batch rho is 1 and the clip is idle: that is norma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -27,6 +27,28 @@ from models.posttraining.rollout import Sampling
 from models.posttraining.sde import kl, log_prob, transition
 
 
+@dataclass(frozen=True)
+class Stem:
+    """States that samples share: one of `asked` for each of `rows` (places of their first samples), `branch` [B] of them."""
+
+    asked: Batch
+    rows: torch.Tensor
+    branch: torch.Tensor
+
+    @classmethod
+    def single(cls, batch: Batch) -> Stem:
+        """Every sample has its own."""
+        every = torch.arange(len(batch.slots))
+        return cls(batch, every, every)
+
+    @classmethod
+    def shared(cls, batch: Batch, group: int) -> Stem:
+        """One for each group of which samples are here."""
+        _, branch = torch.unique(torch.tensor(batch.slots) // group, return_inverse=True)
+        rows = torch.stack([(branch == i).nonzero()[0, 0] for i in range(int(branch.max()) + 1)])
+        return cls(replace(batch, tokens=batch.tokens[rows], mask=batch.mask[rows]), rows, branch)
+
+
 class FlowGrpo:
     """Player `policy`. A batch holds groups of neighbouring slots with one prompt; its pictures only give their size."""
 
@@ -36,7 +58,8 @@ class FlowGrpo:
     ) -> None:  # fmt: skip
         if (config.kl > 0) != (reference is not None):
             raise ValueError(f"kl={config.kl} and a reference go together; give both or neither")
-        self.policy, self.rewards, self.sampling, self.config = policy.eval(), rewards, sampling, config
+        self.policy, self.rewards, self.config = policy.eval(), rewards, config
+        self.sampling = sampling if config.guidance is None else replace(sampling, guidance=config.guidance)
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
 
     @property
@@ -50,32 +73,34 @@ class FlowGrpo:
 
     def window(self, rng: Randomness) -> range:
         """Indices of this step's stochastic steps; the last step is never one."""
-        places = self.config.steps - self.config.window
+        first = self.config.window_from
+        places = self.config.steps - self.config.window - first
         match self.config.window_moves:
             case "stays":
-                start = 0
+                start = first
             case "random":
-                start = int(torch.randint(places, (), generator=rng.shared("window")))
+                start = first + int(torch.randint(places, (), generator=rng.shared("window")))
             case "progressive":
-                start = rng.step // self.config.window_every % places
+                start = first + rng.step // self.config.window_every % places
         return range(start, start + self.config.window)
 
     @torch.no_grad()
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Rollouts with their stored states, rewards and advantages."""
         shape, window = tuple(batch.images.shape[1:]), self.window(rng)
-        x = self._first_noise(rng, shape)
+        stem = self._stem(batch)  # walked until the first stochastic step, where its branches part
+        x = self._first_noise(rng, shape)[stem.rows]
         states, results, log_probs, anchors = [], [], [], []
         for i, (t, s) in enumerate(pairwise(self.sampling.times(self.config.steps, x))):
-            v = self.sampling.velocity(self.policy, x, t, batch)
             if i not in window:
-                x = x + (s - t) * v
+                x = x + (s - t) * self.sampling.velocity(self.policy, x, t, stem.asked)
                 continue
-            mean, std = transition(self.config.sampler, x, v, t, s, self.config.eta)
-            states.append(x)
+            mean, std = self._mean(self.policy, x, t, s, stem)
+            states.append(x[stem.branch])
             if self.reference is not None:
-                anchors.append(self._mean(self.reference, x, t, s, batch)[0])
+                anchors.append(self._mean(self.reference, x, t, s, stem)[0])
             x = mean + std * rng.normal(f"step {i}", shape)
+            stem = Stem.single(batch)
             results.append(x)
             log_probs.append(log_prob(x, mean, std))
         rewards = score(self.rewards, self.sampling.pictures(x), batch)
@@ -96,9 +121,13 @@ class FlowGrpo:
             rng = replace(rng, slots=tuple(slot // group * group for slot in rng.slots))
         return rng.normal("noise", shape)
 
-    def _mean(self, net: Denoiser, x: torch.Tensor, t: float, s: float, batch: Batch) -> tuple[torch.Tensor, float]:
-        v = self.sampling.velocity(net, x, t, batch)
-        return transition(self.config.sampler, x, v, t, s, self.config.eta)
+    def _stem(self, batch: Batch) -> Stem:
+        return Stem.shared(batch, self.config.group) if self.config.same_noise else Stem.single(batch)
+
+    def _mean(self, net: Denoiser, x: torch.Tensor, t: float, s: float, stem: Stem) -> tuple[torch.Tensor, float]:
+        v = self.sampling.velocity(net, x, t, stem.asked)
+        mean, std = transition(self.config.sampler, x, v, t, s, self.config.eta)
+        return mean[stem.branch], std
 
     def loss(self, player: str, batch: Batch) -> Loss:
         """The clipped surrogate and the KL, mean over window and samples."""
@@ -106,7 +135,8 @@ class FlowGrpo:
         times = self.sampling.times(self.config.steps, batch.images)
         terms, ratios, drifts = [], [], []
         for k, i in enumerate(extra["window"].tolist()):
-            mean, std = self._mean(self.policy, extra["states"][k], times[i], times[i + 1], batch)
+            stem = Stem.single(batch) if k else self._stem(batch)
+            mean, std = self._mean(self.policy, extra["states"][k][stem.rows], times[i], times[i + 1], stem)
             ratio = (log_prob(extra["results"][k], mean, std) - extra["log_probs"][k]).exp()
             terms.append(surrogate(ratio, extra["advantage"], clip))
             ratios.append(ratio.detach())

@@ -18,6 +18,7 @@ from models.networks.checkpoint import SamplingCard, read_card
 from models.personalization import lora_files, lora_import, mixing
 from models.personalization.lora import with_changes
 from models.personalization.mixing import Part
+from models.personalization.text_tuning import tunes_text
 from models.posttraining.enhancer_files import load_enhancer
 from models.posttraining.prompt_enhancement import Enhanced, Enhancer
 from models.sampling.generate import Generator, load_generator
@@ -129,9 +130,8 @@ def models_of(store: Store, run: str, mixes: int = 8, best: Artifact | None = No
             served[name] = _served(store, name, artifact)
     if not served:
         raise ConfigError(f"run {record['run']} has no checkpoint to serve yet; finish it: t2i run PRESET")
-    loras = {
-        name: each for name, each in served.items() if (each.folder / "adapter").is_dir() and not each.card.distilled
-    }
+    adapted = [name for name, each in served.items() if (each.folder / "adapter").is_dir() and not each.card.distilled]
+    loras = {name: served[name] for name in adapted if not tunes_text(served[name].folder / "adapter")}
     enhancers = [artifact for artifact in found.values() if artifact is not None and artifact.kind == "enhancer"]
     enhancer = store.local(enhancers[-1]) if enhancers else None
     aliases = _aliases(served)

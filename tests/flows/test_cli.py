@@ -17,6 +17,7 @@ from flows.personalize import own_specs
 from infra.config import load_yaml, parse
 from infra.errors import ConfigError
 from infra.stages import stage_key
+from models.personalization.config import UntilLearntConfig
 from tasks.catalog import TRAITS, stage_function
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -151,6 +152,8 @@ def test_a_mix_of_what_has_no_adapter_is_refused():
     overrides = ["mix=[{name: both, adapters: {dreambooth-robot: 0.5}}]", "personalize.0.lora=null"]
     with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which train all weights"):
         parse(LifecycleConfig, load_yaml(SMOKE, overrides), "")
+    with pytest.raises(ConfigError, match=r"names \['dreambooth-robot'\], which tune text encoders"):
+        parse(LifecycleConfig, load_yaml(SMOKE, [overrides[0], "personalize.0.text={}"]), "")
 
 
 def test_a_sweep_is_stages_side_by_side_and_their_grid(tmp_path):
@@ -175,7 +178,10 @@ def test_a_subject_of_ones_own_takes_the_settings_of_the_runs_first(tmp_path):
     assert (stage.name, stage.class_word, stage.token, stage.label) == ("dreambooth-my-dog", "dog", None, "my-dog")
     assert (stage.train.steps, stage.lora.rank) == (7, 3)
     assert stage.train.model_copy(update={"steps": 4}) == config.personalize[0].train
-    assert own_stage(config, tmp_path, "my-dog", {}).class_word == "my dog"
+    assert stage.until is None
+    looking = own_stage(config, tmp_path, "my-dog", {})
+    assert looking.class_word == "my dog"
+    assert (looking.train.steps, looking.until) == (6, UntilLearntConfig())
     specs = {spec.name: spec for spec in own_specs(config, stage, "dpo")}
     assert list(specs) == ["dreambooth-my-dog-pictures", "dreambooth-my-dog", "dreambooth-my-dog-export"]
     assert specs["dreambooth-my-dog"].inputs == {

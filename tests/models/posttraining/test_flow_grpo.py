@@ -14,7 +14,7 @@ from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
-from models.posttraining.flow_grpo import FlowGrpo, surrogate
+from models.posttraining.flow_grpo import FlowGrpo, Stem, surrogate
 from models.posttraining.reward import RewardCard, Sharpness, Weighted
 from models.posttraining.rollout import Sampling
 from models.posttraining.sde import log_prob
@@ -76,7 +76,9 @@ def test_a_move_makes_better_pictures_of_the_group_likelier(tiny, sampling, brig
     gained = torch.zeros(8)
     with torch.no_grad():
         for k, i in enumerate(batch.extra["window"].tolist()):
-            mean, std = objective._mean(objective.policy, batch.extra["states"][k], times[i], times[i + 1], batch)
+            mean, std = objective._mean(
+                objective.policy, batch.extra["states"][k], times[i], times[i + 1], Stem.single(batch)
+            )
             gained += log_prob(batch.extra["results"][k], mean, std) - batch.extra["log_probs"][k]
     assert (gained * batch.extra["advantage"]).sum() > 0
 
@@ -166,8 +168,20 @@ def test_windows(tiny, sampling, brightness) -> None:
     drawn = grpo(tiny, sampling, brightness, steps=6, window=2, window_moves="random")
     starts = {drawn.window(Randomness(0, step, ())).start for step in range(60)}
     assert starts == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="last step adds no noise"):
-        config(steps=4, window=4)
+    late = grpo(tiny, sampling, brightness, steps=6, window=2, window_from=2, window_moves="random")
+    assert {late.window(Randomness(0, step, ())).start for step in range(60)} == {2, 3}
+    assert list(grpo(tiny, sampling, brightness, window=1, window_from=2).window(Randomness(0, 0, ()))) == [2]
+    for wrong in ({"window": 4}, {"window": 2, "window_from": 2}):
+        with pytest.raises(ValueError, match="last step adds no noise"):
+            config(steps=4, **wrong)
+
+
+def test_guidance_of_its_own(tiny, sampling, brightness, grouped) -> None:
+    given, own = (grpo(tiny, sampling, brightness, guidance=guidance) for guidance in (None, 1.0))
+    assert (given.sampling.guidance, own.sampling.guidance) == (sampling.guidance, 1.0)
+    assert sampling.guidance != 1
+    pictures = [prepared(objective, grouped).extra["pictures"] for objective in (given, own)]
+    assert not torch.equal(*pictures)
 
 
 def test_one_first_noise_for_a_group(tiny, sampling, brightness, grouped) -> None:
@@ -176,6 +190,26 @@ def test_one_first_noise_for_a_group(tiny, sampling, brightness, grouped) -> Non
     assert not torch.equal(shared[0], shared[4])
     own = prepared(grpo(tiny, sampling, brightness), grouped).extra["states"][0]
     assert not torch.equal(own[0], own[3])
+
+
+def test_what_a_group_shares_is_computed_once_and_means_the_same(tiny, sampling, brightness, grouped) -> None:
+    fields = {"same_noise": True, "steps": 4, "window": 2, "window_from": 1, "kl": 0.5, "guidance": 1.5}
+    once, each = (grpo(tiny, sampling, brightness, **fields) for _ in range(2))
+    each._stem = Stem.single
+    batches = [prepared(objective, grouped) for objective in (once, each)]
+    for name in ("states", "results", "log_probs", "anchors", "pictures"):
+        torch.testing.assert_close(batches[0].extra[name], batches[1].extra[name], atol=1e-5, rtol=0)
+    assert once.loss("policy", batches[0]).parts["ratio_off"] <= 1e-6
+    torch.testing.assert_close(gradient(once, batches[0]), gradient(each, batches[1]), atol=1e-6, rtol=1e-3)
+
+
+def test_a_stem_of_half_groups(grouped) -> None:
+    """Slots 2 to 5 are the ends of one group and the start of another, as on one of two workers."""
+    part = grouped(0, (2, 3, 4, 5))
+    shared = Stem.shared(part, 4)
+    assert shared.rows.tolist() == [0, 2]
+    assert shared.branch.tolist() == [0, 0, 1, 1]
+    assert torch.equal(shared.asked.tokens[shared.branch], part.tokens)
 
 
 def test_advantages_ignore_offset_and_scale_and_idle_groups() -> None:

@@ -1,5 +1,7 @@
 """Subjects of one's own through the stage functions: read, learn, at toy size with the real text encoder."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,12 @@ def test_a_folder_becomes_an_adapter_in_three_forms_a_checkpoint_and_a_grid(plac
     facts, out = learn("dreambooth-toy", pictures_of())
     assert facts["instance_pictures"] == 4
     assert facts["token"] == facts["tokens_found"][0]["token"] == read_card(out).trigger
-    base = prx.load(places["init"] / "transformer")
+    base, phrase = prx.load(places["init"] / "transformer"), f"{facts['token']} toy"
+    taught = [
+        f"a big {phrase} on a white background",
+        f"one {phrase}",
+        f"a picture of a {phrase}",
+    ]  # the fourth is the second
     forms = [
         out / "adapter",
         out / "adapter" / lora_files.DIFFUSERS_FILE,
@@ -29,7 +36,9 @@ def test_a_folder_becomes_an_adapter_in_three_forms_a_checkpoint_and_a_grid(plac
     ]
     read = [lora_import.read(form, base.transformer, "digest of init") for form in forms]
     for form in read:
-        assert form.about == {"base": "digest of init", "trigger": facts["token"], "class": "toy"}
+        assert form.about == {
+            "base": "digest of init", "trigger": facts["token"], "class": "toy", "captions": json.dumps(taught),
+        }  # fmt: skip
         assert all(
             torch.equal(x, y) for n in read[0].layers for x, y in zip(form.layers[n], read[0].layers[n], strict=True)
         )

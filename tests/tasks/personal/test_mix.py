@@ -19,7 +19,7 @@ from models.personalization.config import DreamBoothConfig, FusionConfig, MixCon
 from models.personalization.rare_token import rarest
 from models.sampling.generate import load_generator
 from tasks.distill_mix import distill_mix
-from tasks.mix import mix
+from tasks.mix import mix, subject_prompts
 from tasks.personalize import dreambooth
 from tasks.subject_sweep import sweep_grid
 
@@ -72,6 +72,20 @@ def test_a_mix_of_two_draws_the_sum_and_says_how_exact_it_is(
     lora_files.attach(live.denoiser.transformer, adapter)
     prompt = [f"a {facts['triggers']['one']} toy"] * 4
     np.testing.assert_allclose(live.draw(prompt, range(4)), drawn(fitted.out), atol=1e-4)
+
+
+def test_a_share_of_a_subjects_prompts_are_the_captions_it_was_taught_with() -> None:
+    own, known = ["a big vox toy", "one vox toy"], ["a cat beside an apple", "an apple", "a dog"]
+    about = {"trigger": "vox", "class": "toy", "captions": json.dumps(own)}
+    for share, count in ((0.5, 4), (0.0, 0), (1.0, 8)):
+        asked = subject_prompts(about, known, 8, np.random.default_rng(0), "apple", share)
+        assert len(asked) == 8
+        assert [text in own for text in asked] == [True] * count + [False] * (8 - count)
+        assert set(asked[count:]) <= {"a cat beside an vox toy", "an vox toy"}
+        assert share == 0 or {asked.count(text) for text in own} == {count // 2}
+    old = {name: value for name, value in about.items() if name != "captions"}  # an adapter made before they were kept
+    without = subject_prompts(about, known, 8, np.random.default_rng(0), "apple", 0.0)
+    assert subject_prompts(old, known, 8, np.random.default_rng(0), "apple", 0.5) == without
 
 
 FUSION = {"prompts": 6, "ordinary": 6, "steps": 2, "ordinary_weight": 1000}  # so that the fit does next to nothing
