@@ -54,7 +54,7 @@ TRAITS: dict[str, Traits] = {
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode", version=2),
     "autoencoder": Traits("autoencoder", "models.pretraining.config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
     "import_model": Traits("checkpoint", "tasks.config:ModelConfig", "tasks.model_features:import_model"),
-    "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features"),
+    "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features", version=2),
     "measure_distribution": Traits("scores", "tasks.config:DistributionConfig", "tasks.distribution:measure_distribution"),
     "train_judge": Traits("judge", "tasks.config:JudgeConfig", "tasks.judge:train_judge"),
     "flow_matching": Traits("checkpoint", "models.pretraining.config:FlowMatchingConfig", "tasks.training:flow_matching", runs="train"),

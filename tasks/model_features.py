@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file
 
+from data_curation.encoders import filled
 from infra.arrays import save_arrays
+from infra.encode_cache import Index, Space, key_of, space, through
 from infra.errors import DataRefused
+from infra.local_files import weights_digest
 from infra.stages import StageContext
+from models.device import compute_device
 from models.engine.distribute import one_thread
 from models.networks import families
 from models.networks.checkpoint import read_card
@@ -25,6 +31,7 @@ from tasks.config import FeaturesConfig, ModelConfig
 from tasks.training_data import to_model
 
 CHUNK = 16  # prompts or pictures encoded at a time
+KEPT_TOGETHER = 512  # pictures whose latents are kept in one go
 KEPT = ("index.parquet", "captions.parquet")
 
 
@@ -42,17 +49,28 @@ def features(config: FeaturesConfig, ctx: StageContext) -> dict[str, Any]:
     for name in KEPT:
         shutil.copyfile(source / name, ctx.out / name)
     captions = read_captions(source)
+    latents = latent_space(ctx.root, model) if isinstance(around.codec, Vae) else None
+    index = {} if latents is None else latents.index()
     with one_thread():
         tokens = encode_captions(around.encode, captions, ctx)
-        pictures = 0
+        pictures = made = 0
         for path in sorted(source.glob("images-*.safetensors")):
             shutil.copyfile(path, ctx.out / path.name)
-            if isinstance(around.codec, Vae):
-                pictures += encode_bucket(around.codec, path, ctx.out)
+            if isinstance(around.codec, Vae) and latents is not None:
+                count, new = encode_bucket(around.codec, path, ctx.out, latents, index)
+                pictures, made = pictures + count, made + new
     if isinstance(around.codec, Vae):
         scaling = around.codec.scaling
         (ctx.out / "latents.json").write_text(json.dumps({"scale": scaling.scale, "shift": scaling.shift}) + "\n")
-    return {"captions": len(captions), "tokens": tokens, "latents": pictures}
+    return {"captions": len(captions), "tokens": tokens, "latents": pictures, "latents_encoded": made}
+
+
+def latent_space(root: str | None, model: Path) -> Space:
+    """Where latents are kept: by the VAE's weights and settings, torch and the kind of device."""
+    settings = hashlib.sha256((model / "vae" / "config.json").read_bytes()).hexdigest()
+    packages = {package: version(package) for package in ("torch", "diffusers")}
+    return space(root, "latents", "float32", weights=weights_digest(model / "vae"), settings=settings, batch=CHUNK,
+                 packages=packages, device=compute_device().type)  # fmt: skip
 
 
 def read_captions(folder: Path) -> list[str]:
@@ -80,15 +98,28 @@ def encode_captions(encode: Encode, captions: Sequence[str], ctx: StageContext) 
     return len(joined)
 
 
-def encode_bucket(vae: Vae, path: Path, out: Path) -> int:
-    """latents-WxH.safetensors: posterior mean and log-variance of a bucket's pictures."""
+def encode_bucket(vae: Vae, path: Path, out: Path, latents: Space, index: Index) -> tuple[int, int]:
+    """latents-WxH.safetensors: posterior mean and log-variance of a bucket's pictures; how many, how many encoded now."""
     pictures = load_file(path)["images"]
     height, width = pictures.shape[1:3]
     if height % vae.factor or width % vae.factor:
         raise DataRefused(
             f"bucket {width}x{height} is not a multiple of the VAE's {vae.factor} px; set data.buckets.patch to a multiple"
         )
-    parts = [vae.moments(to_model(pictures[at : at + CHUNK])) for at in range(0, len(pictures), CHUNK)]
+    found, made = list[np.ndarray](), 0
+    for at in range(0, len(pictures), KEPT_TOGETHER):  # a killed encode goes on after the last of these
+        part = pictures[at : at + KEPT_TOGETHER]
+        keys = [key_of(hashlib.sha256(picture.tobytes()).digest(), picture.shape) for picture in part]
+        arrays, new = through(latents, index, keys, functools.partial(_moments, vae, part))
+        found, made = [*found, *arrays], made + new
     name = path.name.replace("images-", "latents-")
-    save_arrays(out / name, {"moments": torch.cat(parts).float().numpy()})
-    return len(pictures)
+    save_arrays(out / name, {"moments": np.stack(found)})
+    return len(pictures), made
+
+
+def _moments(vae: Vae, pictures: np.ndarray, places: list[int]) -> list[np.ndarray]:
+    """Of the pictures at these places; every batch has one shape, so that no picture's bits depend on the others."""
+    found: list[np.ndarray] = []
+    for own, batch in filled(places, CHUNK):
+        found += list(vae.moments(to_model(pictures[batch])).float().cpu().numpy()[: len(own)])
+    return found

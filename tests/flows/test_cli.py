@@ -81,6 +81,19 @@ def test_bad_input_gets_one_clear_message(arguments, code, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_a_run_whose_downloads_all_fail_ends_with_its_code(tmp_path):
+    listed = tmp_path / "urls.txt"
+    listed.write_text("http://127.0.0.1:9/a.png\nhttp://localhost:9/b.png\nfile:///etc/hostname\n")
+    settings = (f"data.source={listed}", "data.download.retries=0", "data.download.allow_private=[]")
+    done = t2i("run", SMOKE, *(part for each in settings for part in ("--set", each)), "--root", tmp_path / "root")
+    assert done.returncode == 3, done.stderr
+    assert "none of 3 rows gave a picture; reasons: {'bad_url': 1, 'refused_address': 2}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "root" / "dedup").exists()
+
+
 def test_plan_as_json(tmp_path):
     rows = json.loads(t2i("plan", SMOKE, "--root", tmp_path, "--json").stdout)
     assert [row["stage"] for row in rows][:2] == ["source", "download"]
