@@ -270,7 +270,7 @@ def test_text_vector_is_the_mean_of_real_tokens() -> None:
 
 
 def test_the_image_encoder_is_frozen_differentiable_and_what_repa_reads() -> None:
-    from data_curation.encode import teacher_features
+    from data_curation.encoders import teacher_features
 
     encoder = ImageEncoder()
     pixels = torch.randint(0, 256, (2, 3, 16, 16)).float()

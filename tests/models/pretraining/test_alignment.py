@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from data_curation.encode import teacher_features
+from data_curation.encoders import teacher_features
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
 from models.engine.randomness import Randomness
