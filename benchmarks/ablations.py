@@ -8,7 +8,7 @@ core; REPA's teacher is paid for once a picture. So results do not depend on wha
     python -m benchmarks.ablations costs FOLDER                   seconds a step of every recipe, into FOLDER/costs.json
     python -m benchmarks.ablations run FOLDER [ARM ...]           train all arms or some, on the GPU where there is one
 
-What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
+It is not part of `make bench`: the arms take hours on two cores. What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
 """
 
 from __future__ import annotations
@@ -188,9 +188,8 @@ def prepare(encoded: Path, judge: Path, folder: Path) -> None:
     shutil.copytree(judge, folder / "judge")
 
 
-def main(folder: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Any]:
+def main(folder: Path, arms: Sequence[str] = ()) -> dict[str, Any]:
     """Train the arms seed by seed, so that an early end leaves whole seeds; the summary is of all that is done."""
-    folder = folder or Path(os.environ["T2I_ABLATION_FOLDER"])
     told = json.loads((folder / "costs.json").read_text())
     pictures, kept = len(TrainingSet.open(folder).index), folder / "results.jsonl"
     found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
