@@ -8,7 +8,7 @@ core; REPA's teacher is paid for once a picture. So results do not depend on wha
     python -m benchmarks.ablations costs FOLDER                   seconds a step of every recipe, into FOLDER/costs.json
     python -m benchmarks.ablations run FOLDER [ARM ...]           train all arms or some, on the GPU where there is one
 
-What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
+It is not part of `make bench`: the arms take hours on two cores. What is done is kept in FOLDER/results.jsonl: a run that was stopped goes on, and says what it has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import yaml
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.ablation_arms import ARMS, LOOKS, STEPS, cpu_seconds, recipe, steps_of
 from benchmarks.ablation_report import summarise
 from data_curation.dataset import TrainingSet
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
 from data_curation.manifest import write_table
-from infra.config import parse
 from models.device import compute_device
 from models.engine.loop import Trainer, train
 from models.engine.randomness import Randomness
@@ -54,76 +53,12 @@ from tasks.evaluate_prompts import Prompts, prompt_set
 from tasks.training import alignment, averaged, card_of, curriculum_batches
 from tasks.training_data import TrainingData, to_model
 
-PRESET = Path(__file__).resolve().parents[1] / "presets" / "demo.yaml"
 SEEDS = range(int(os.environ.get("T2I_ABLATION_SEEDS", "3")))
-STEPS = int(os.environ.get("T2I_ABLATION_STEPS", "1200"))
 PROCESSES = int(os.environ.get("T2I_ABLATION_PROCESSES", "1"))
 SECONDS = float(os.environ.get("T2I_ABLATION_SECONDS", "inf"))  # no arm begins after so long
-LOOKS = int(os.environ.get("T2I_ABLATION_LOOKS", "6"))
 PROMPTS = 320
 SIDES = (32, 40)
 COST_ROUNDS = 40
-
-Changes = dict[str, Any]
-PLAIN: Changes = {"timesteps.density": "uniform", "timesteps.stratified": False, "repa": None,
-                  "train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}  # fmt: skip
-FORTY: Changes = {"repa": None, "select.resolutions": [40], "sampling.side": 40}
-LARGE: Changes = {"network.hidden_size": 192, "network.depth": 6, "network.num_heads": 6}
-# arm -> (what it changes in the shipped recipe, the arm whose CPU time it must not exceed, by what share)
-ARMS: dict[str, tuple[Changes, tuple[str, float] | None]] = {
-    "shipped": ({}, None),
-    "uniform times": ({"timesteps.density": "uniform"}, None),
-    "unstratified": ({"timesteps.stratified": False}, None),
-    "no REPA": ({"repa": None}, None),
-    "no REPA, equal time": ({"repa": None}, ("shipped", 1.0)),
-    "REPA to the end": ({"repa.until": 1.0}, None),
-    "REPA late": ({"repa.layer": 3}, None),
-    "iREPA": ({"repa.projector": "conv", "repa.spatial_norm": 1.0}, None),
-    "dispersive": ({"repa.kind": "dispersive", "repa.coefficient": 0.25}, None),
-    "self-alignment": ({"repa.kind": "self", "repa.coefficient": 0.2}, None),
-    "AdamW": ({"train.optimizer.muon_lr": None}, None),
-    "AdamW, twice the rate": ({"train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}, None),
-    "AdamW, equal time": ({"train.optimizer.muon_lr": None, "train.optimizer.adamw_lr": 0.003}, ("shipped", 1.0)),
-    "TREAD": ({"tread": {"share": 0.5, "first": 1, "last": 2}}, None),
-    "TREAD, equal time": ({"tread": {"share": 0.5, "first": 1, "last": 2}}, ("shipped", 1.0)),
-    "plain": (PLAIN, None),
-    "plain, equal time": (PLAIN, ("shipped", 1.0)),
-    "shipped, .6 of plain's time": ({}, ("plain", 0.6)),
-    "40 px": (FORTY, None),
-    "40 px, no shift": (FORTY | {"timesteps.shift": "none"}, None),
-    "curriculum": (
-        FORTY | {"select.resolutions": [32], "curriculum": [
-            {"from_samples": 0},
-            {"from_samples": 0.7, "select": {"resolutions": [32, 40], "shares": [0.3, 0.7], "domains": ["basic"]}},
-        ]},
-        ("40 px", 1.0),
-    ),
-    "large": (LARGE, None),
-    "large, no REPA": (LARGE | {"repa": None}, None),
-    "large, no REPA, equal time": (LARGE | {"repa": None}, ("large", 1.0)),
-    "large, REPA to the end": (LARGE | {"repa.until": 1.0}, None),
-    "large, REPA late": (LARGE | {"repa.layer": 5}, None),
-}  # fmt: skip
-
-
-def recipe(changes: Changes, steps: int, seed: int) -> FlowMatchingConfig:
-    """The demo's first stage with these changes by dotted path, as one run of `steps` that ends at a low rate."""
-    data = yaml.safe_load(PRESET.read_text())["pretrain"][0]
-    data["repa"] |= {"teacher": "packaged"}  # made while training: a GPU has time for it, and the folder stays small
-    base = {"train.optimizer.decay_from": 0.5, "train.optimizer.final_ratio": 0.03, "train.steps": steps,
-            "train.seed": seed, "train.sample_every": None, "select.long_captions": 0.0, "select.domains": ["basic"]}  # fmt: skip
-    for path, value in {**base, **changes}.items():
-        *parents, last = path.split(".")
-        here = data
-        for part in parents:
-            here = here.setdefault(part, {})
-        here[last] = value
-    if data.get("repa") and data["repa"].get("kind", "teacher") != "teacher":
-        data["repa"].pop("teacher")
-    samples = steps * data["train"]["batch_size"]
-    for phase in data.get("curriculum", ()):
-        phase["from_samples"] = round(phase["from_samples"] * samples)
-    return parse(FlowMatchingConfig, data, "ablation")
 
 
 class StoredText:
@@ -222,34 +157,6 @@ def costs(folder: Path) -> dict[str, float]:
     return mean | {"teacher": statistics.median(timed)}
 
 
-def steps_of(name: str, cost: Mapping[str, float], pictures: int) -> int:
-    """Steps of an arm: all, or those that another arm's CPU time pays for."""
-    limit = ARMS[name][1]
-    if limit is None:
-        return STEPS
-    other, share = limit
-    return max(LOOKS, round(share * cpu_seconds(other, STEPS, cost, pictures) / step_cost(name, cost)))
-
-
-def with_teacher(name: str) -> bool:
-    """Whether an arm reads a teacher's features, which the encode stage makes once a picture."""
-    repa = recipe(ARMS[name][0], STEPS, 0).repa
-    return repa is not None and repa.kind == "teacher"
-
-
-def step_cost(name: str, cost: Mapping[str, float]) -> float:
-    """Seconds a step with cached features: without the teacher's share, which `costs` saw made on the fly."""
-    config = recipe(ARMS[name][0], STEPS, 0)
-    made = config.repa.until * config.train.batch_size if config.repa is not None and with_teacher(name) else 0.0
-    alike = [cost[other] for other, (changes, _) in ARMS.items() if changes == ARMS[name][0]]
-    return statistics.fmean(alike) - made * cost["teacher"]
-
-
-def cpu_seconds(name: str, steps: int, cost: Mapping[str, float], pictures: int) -> float:
-    """What so many steps of an arm take on one core, its teacher's features included."""
-    return steps * step_cost(name, cost) + (pictures * cost["teacher"] if with_teacher(name) else 0.0)
-
-
 def prepare(encoded: Path, judge: Path, folder: Path) -> None:
     """The basic squares of two sizes with their short captions, the held-out prompts, and the judge."""
     folder.mkdir(parents=True)
@@ -281,9 +188,8 @@ def prepare(encoded: Path, judge: Path, folder: Path) -> None:
     shutil.copytree(judge, folder / "judge")
 
 
-def main(folder: Path | None = None, arms: Sequence[str] = ()) -> dict[str, Any]:
+def main(folder: Path, arms: Sequence[str] = ()) -> dict[str, Any]:
     """Train the arms seed by seed, so that an early end leaves whole seeds; the summary is of all that is done."""
-    folder = folder or Path(os.environ["T2I_ABLATION_FOLDER"])
     told = json.loads((folder / "costs.json").read_text())
     pictures, kept = len(TrainingSet.open(folder).index), folder / "results.jsonl"
     found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
