@@ -79,7 +79,6 @@ def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
 
 def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     """From URLs to a training set; `known` is the manifest of what was seen before and is not taken again."""
-    function = SOURCES[data.source.kind]
     last, more, images = "quality", list[StageSpec](), {"images": "download"}
     for name, stage, settings, beside in (
         ("captions", "filter_captions", data.captions, {}),
@@ -95,7 +94,7 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
             more.append(spec_of(name, stage, settings, rows=last, **beside))
             last = name
     return [
-        spec_of("source", function, data.source, **known),
+        spec_of("source", SOURCES[data.source.kind], data.source, **known),
         spec_of("download", "download", data.download, source="source"),
         spec_of("dedup", "deduplicate", data.dedup, rows="download", **known),
         spec_of("quality", "filter_quality", data.quality, rows="dedup", images="download"),
