@@ -2,7 +2,8 @@
 
 The checkpoint is a finished demo's `continue` (`T2I_DEMO_RECORD`, the record of a run; without it the demo is run). For every
 seed its SFT, then each method from that SFT with the settings of presets/posttrain-all.yaml (pairs of fewer prompts).
-Every arm is a stage of its own; what it made and found is kept under runs/preference-benchmark and not made again.
+Every arm is a stage of its own; what it made and found is kept under runs/preference-benchmark and not made again as long as
+its settings and inputs are the same.
 Seconds are of one CPU core (process time), guards and pairs included. No method and no guard asks the judges of `other`: they
 are trained for this benchmark, with another seed, and their word is the held-out one. Intervals: 95 %, prompts resampled.
 bars: Flow-GRPO closes at least .4 of the gap in accuracy to 1; every method raises the reward, the held-out one is not lower, and at
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from benchmarks.record import record
 from flows.config import LifecycleConfig
 from flows.dag import seeded
 from infra.artifacts import Artifact
-from infra.config import load_yaml, parse
+from infra.config import digest_of, load_yaml, parse, versioned
 from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from models.engine.distribute import one_thread
 from models.evaluation.diversity import within_prompt_distances
@@ -43,7 +45,7 @@ from tasks.preference import dpo, make_pairs
 from tasks.training import flow_matching
 
 log = logging.getLogger(__name__)
-FOLDER = Path("runs", "preference-benchmark")
+FOLDER, FOUND = Path("runs", "preference-benchmark"), "found.json"
 START, SFT = "continue", "sft"
 METHODS: dict[str, Callable[[Any, StageContext], dict[str, Any]]] = {"dpo": dpo, "refl": refl, "grpo": grpo, "nft": nft}
 PROMPTS, SEVERAL, PAIR_PROMPTS, OTHER_SEED, RESAMPLES = 320, 24, 960, 1, 2000
@@ -72,15 +74,23 @@ def context(name: str, **inputs: Path) -> StageContext:
     return StageContext(name, inputs, parents, out, scratch, Resources(), no_progress, fan_out_here)
 
 
+def known(path: Path) -> dict[str, Any]:
+    """What is on record of a stage of this benchmark, by what it wrote; of anything else its folder's name, a digest."""
+    told = path.parent / FOUND
+    found: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {"key": path.name}
+    return found
+
+
 def stage(name: str, run: Callable[[Any, StageContext], dict[str, Any]], config: Any, **inputs: Path) -> dict[str, Any]:
-    """What the stage found and its CPU seconds; from its file if it was done before."""
-    told = FOLDER / name / "found.json"
-    if not told.exists():
+    """What the stage found and its CPU seconds; on record if it was done before with these settings and inputs."""
+    key = digest_of([versioned(config), {role: known(path)["key"] for role, path in inputs.items()}])
+    if known(made(name))["key"] != key:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
         ctx, started = context(name, **inputs), time.process_time()
         facts = run(config, ctx)
-        told.write_text(json.dumps({"facts": facts, "cpu": time.process_time() - started}) + "\n")
-    found: dict[str, Any] = json.loads(told.read_text())
-    return found
+        found = {"key": key, "facts": facts, "cpu": time.process_time() - started}
+        (FOLDER / name / FOUND).write_text(json.dumps(found) + "\n")
+    return known(made(name))
 
 
 def made(name: str) -> Path:
@@ -105,7 +115,8 @@ def arm(places: Places, name: str, seed: int) -> dict[str, Any]:
 
 def answers(places: Places, name: str, checkpoint: Path) -> Answers:
     """One number a prompt for every metric; from their file if they were asked before."""
-    told = FOLDER / f"answers-{name}.json"
+    told = FOLDER / "answers" / f"{name}-{known(checkpoint)['key'][:16]}.json"
+    told.parent.mkdir(exist_ok=True)
     if not told.exists():
         seed, sample = EvaluateConfig().seed, load_generator(checkpoint).sample
         judge, other = Judge.load(places.judge), Judge.load(made("other"))

@@ -265,8 +265,7 @@ def proof(config: LifecycleConfig) -> list[StageSpec]:
     exports |= student_exports(config)
     exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
     exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
-    others = (*(spec.name for spec in curation(config.data)), "judge", "export")
-    shown = {name: name for name in others}
+    shown = {name: name for name in (*(spec.name for spec in curation(config.data)), "judge", "export")}
     shown |= {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
     if "compare" in exports:
         shown["compare"] = "compare"
