@@ -14,8 +14,8 @@ from models.networks.export import export_pipeline
 from models.personalization import lora_import
 from models.personalization.lora import save_forms
 from models.personalization.text_tuning import tunes_text
+from tasks.adapted import architecture_of
 from tasks.config import ExportConfig
-from tasks.training import architecture_of
 
 COMPARE = "compare"
 

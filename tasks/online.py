@@ -27,7 +27,6 @@ from models.networks.denoiser import Denoiser
 from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
 from models.networks.text_features import Encode, PackagedText
-from models.personalization.lora_files import is_adapted
 from models.posttraining.clip_reward import ClipReward
 from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
@@ -37,7 +36,8 @@ from models.posttraining.refl import Refl
 from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted
 from models.posttraining.reward_model import RewardModel
 from models.posttraining.rollout import Sampling
-from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.adapted import Finished, adapt
+from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots
 
 REWARD_TOKENS = 64  # as the reward model reads prompts
@@ -61,7 +61,7 @@ def grouped(method: Callable[..., Objective], config: GrpoConfig | NftConfig, ct
     adapt(start.denoiser, config.lora, config.train.seed, ctx.inputs["init"])
     objective = method(start.denoiser, reference, start.rewards, start.sampling, config)
     batches = prompt_batches(start.prompts, config.prompts.side, config.train, config.group)
-    return tune(objective, "policy", batches, config.train, ctx, start)
+    return tune(objective, "policy", batches, config, ctx, start)
 
 
 def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
         beside = {"real": pictures.images, "real_tokens": pictures.tokens, "real_mask": pictures.mask}
         return replace(prompts, extra={**prompts.extra, **beside})
 
-    return tune(objective, "denoiser", batch, config.train, ctx, start)
+    return tune(objective, "denoiser", batch, config, ctx, start)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def judge_features(judge: Judge, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def tune(
-    objective: Objective, player: str, batches: Callable[[int], Batch], train: TrainConfig, ctx: StageContext,
+    objective: Objective, player: str, batches: Callable[[int], Batch], config: OnlineConfig, ctx: StageContext,
     start: Start,
 ) -> dict[str, Any]:  # fmt: skip
     """Train under the guard and write what it saw."""
@@ -273,8 +273,8 @@ def tune(
         return averaged(trainer, player, start.denoiser)
 
     init, prompts = ctx.inputs["init"], fixed_prompts(start.data)
-    model_of = Finished(trained, is_adapted(start.denoiser.transformer), init)
-    facts = run_training(objective, batches, train, ctx, model_of, start.card, prompts, guard, init)
+    model_of = Finished(trained, config.lora, init)
+    facts = run_training(objective, batches, config.train, ctx, model_of, start.card, prompts, guard, init)
     model_of.write_adapter(ctx)
     return facts | written(guard, ctx)
 

@@ -23,12 +23,13 @@ from models.networks.text_features import Encode, PrxText
 from models.personalization import lora_files
 from models.personalization.config import DreamBoothConfig
 from models.personalization.dreambooth import DreamBooth, Pictures, focus_of, mixed_batches
-from models.personalization.lora import add_lora, merge, save_forms, since
+from models.personalization.lora import add_lora, save_forms, since
 from models.personalization.lora_files import Adapter
 from models.personalization.pivotal import PivotalDreamBooth
 from models.personalization.rare_token import find_tokens, rarest, refuse_token, words_of
 from models.personalization.text_tuning import TextTuning, save_rows, words_of_token
 from models.sampling.generate import Generator, load_generator, sample_together
+from tasks.adapted import merged
 from tasks.subject_pictures import Subject, demo_subject, own_subject
 from tasks.subject_watch import Asked, watch_of
 from tasks.training import averaged, refuse_distilled, run_training, save_grid
@@ -71,7 +72,7 @@ def dreambooth(config: DreamBoothConfig, ctx: StageContext) -> dict[str, Any]:
     def model_of(trainer: Trainer) -> Denoiser:
         adapted = averaged(trainer, "denoiser", denoiser, "denoiser.")
         trained[:] = [adapted]
-        return adapted if config.lora is None else merge(adapted)
+        return adapted if config.lora is None else merged(adapted, config.lora, ctx.inputs["init"])
 
     watch = None
     if config.until is not None:

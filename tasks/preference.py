@@ -33,8 +33,9 @@ from models.posttraining.guards import Guard
 from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pairs, split_of, write_pairs
 from models.posttraining.reward import JudgeReward, Reward, Sharpness, judge_reward
 from models.sampling.generate import load_generator
+from tasks.adapted import Finished, adapt
 from tasks.online import Prompts, guard_of, published, sampling_of, written
-from tasks.training import Finished, adapt, averaged, fixed_prompts, refuse_distilled, run_training
+from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
 CHUNK = 64  # pictures drawn by one call
@@ -172,7 +173,7 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser)
 
-    model_of = Finished(trained, config.lora is not None, init)
+    model_of = Finished(trained, config.lora, init)
     guard = None if config.guard is None else guard_of_pairs(config.guard, config.train.seed, ctx, data, denoiser)
     batches, prompts = pair_batches(config, ctx), fixed_prompts(data)
     facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard, init)

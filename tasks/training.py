@@ -24,12 +24,8 @@ from models.engine.weights import with_weights
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.codec import factor_of
-from models.networks.config import LoraConfig
 from models.networks.denoiser import Denoiser
 from models.networks.text_features import sd3_text_parts
-from models.personalization import lora_files
-from models.personalization.lora import add_lora, merge, save_forms, stacked
-from models.personalization.lora_import import read as read_adapter
 from models.pretraining.config import FlowMatchingConfig, ShiftConfig
 from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
 from models.pretraining.densities import histogram
@@ -38,6 +34,7 @@ from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Alignment, Projector, Repa, projector_of
 from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
+from tasks.adapted import Finished, adapt
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
@@ -135,7 +132,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     def trained(trainer: Trainer) -> Denoiser:
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
-    model_of = Finished(trained, config.lora is not None, init)
+    model_of = Finished(trained, config.lora, init)
     prompts, validation = fixed_prompts(data), None
     if config.validation is not None:
         held_out = data.held_out(phases[-1].select, config.validation.pictures)
@@ -188,51 +185,6 @@ def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> No
             f"stage {stage!r}: its network takes {denoiser.channels} channels, but its training set has {has}; "
             "pixels need the encode stage's set, latents the features stage's"
         )
-
-
-def architecture_of(card: SamplingCard) -> str:
-    """What kohya's form calls the network."""
-    return "sd3" if card.family == "sd3" else "prx"
-
-
-def adapt(denoiser: Denoiser, lora: LoraConfig | None, seed: int, init: Path | None) -> None:
-    """Put fresh adapters on a denoiser, if they are asked for."""
-    if lora is None:
-        return
-    if init is None:
-        raise ConfigError("lora adapts a trained model; give a model or a stage to start from, or set lora to null")
-    if denoiser.depth == 0:
-        raise ConfigError("lora files name the layers of a transformer; a UNet is trained whole, set lora to null")
-    if lora.init == "pissa" or (lora.kind == "dora" and (init / "adapter").is_dir()):
-        raise ConfigError(
-            f"lora kind={lora.kind} init={lora.init} cannot be stacked on the adapter before; use plain LoRA"
-        )
-    add_lora(denoiser, lora, seed)
-
-
-class Finished:
-    """The trained denoiser of a trainer as it is sampled, adapters merged; keeps the last one for its adapter files."""
-
-    def __init__(self, trained: Callable[[Trainer], Denoiser], lora: bool, init: Path | None) -> None:
-        self.trained, self.lora, self.init = trained, lora, init
-        self.last: Denoiser | None = None
-
-    def __call__(self, trainer: Trainer) -> Denoiser:
-        """The denoiser to sample and save."""
-        self.last = self.trained(trainer)
-        return merge(self.last) if self.lora else self.last
-
-    def write_adapter(self, ctx: StageContext) -> None:
-        """adapter/ in three forms: what all stages since the base added, so that it loads on the base itself."""
-        if not self.lora or self.last is None or self.init is None or world()[0] != 0:
-            return
-        about = {"base": ctx.parents["init"].digest}
-        adapter = lora_files.from_module(self.last.transformer, about)
-        if (self.init / "adapter").is_dir():
-            card = read_card(self.init)
-            before = read_adapter(self.init / "adapter", families.load(self.init / "transformer", card).transformer)
-            adapter = stacked(before, adapter)
-        save_forms(adapter, ctx.out / "adapter", ctx.name, architecture_of(read_card(self.init)))
 
 
 def curriculum_batches(

@@ -132,6 +132,8 @@ def _instaflow(config: DistillConfig, method: InstaFlowConfig, nets: Networks) -
 def _consistency(config: DistillConfig, method: ConsistencyConfig, nets: Networks) -> Plan:
     teacher = nets.teacher if method.use_teacher else None
     if method.lora is not None:
+        if method.lora.base == "int8":
+            raise ValueError(f"{config.name}: a student is merged from its own weights; set method.lora.base to fp32")
         add_lora(nets.student, method.lora, config.train.seed)
     if method.guidance_range is not None:
         told = ConditionedDenoiser(nets.student, ScalarEmbedding(nets.width))

@@ -101,8 +101,17 @@ class LoraConfig(Config):
         description="Names of the adapted linear layers",
     )
 
+    base: Literal["fp32", "int8"] = Field(
+        default="fp32", description="int8: the frozen blocks in 8 bits while the adapter learns; it is merged into the base's own",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
+
     @model_validator(mode="after")
     def _patterns_are_sound(self) -> LoraConfig:
+        if self.base == "int8" and self.init == "pissa":
+            raise ValueError(
+                "lora.init=pissa moves part of the base, which int8 holds fast; set init to zero or base to fp32"
+            )
         for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for name, value in pattern.items():
                 if value <= 0:

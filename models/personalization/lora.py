@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.networks.config import LoraConfig
 from models.networks.denoiser import Denoiser
 from models.personalization import lora_files, lora_import
+from models.personalization.int8 import quantise
 from models.personalization.lora_files import Adapter
 
 
@@ -26,6 +27,8 @@ def add_lora(denoiser: Denoiser, config: LoraConfig, seed: int) -> None:
     """Freeze the denoiser and put fresh adapters on the target layers: of zero effect, but for PiSSA's rounding."""
     check_targets(denoiser.transformer, config)
     denoiser.requires_grad_(False)
+    if config.base == "int8":
+        quantise(denoiser.transformer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(peft_settings(config), denoiser.transformer)
@@ -115,11 +118,11 @@ def load_adapter(denoiser: Denoiser, path: Path, base: str | None = None) -> Non
     lora_import.load(denoiser.transformer, path, base)
 
 
-def merge(denoiser: Denoiser) -> Denoiser:
-    """A denoiser whose stock weights include the adapter's; the adapter layers are gone."""
-    adapter = lora_files.from_module(denoiser.transformer, {})
-    weights = lora_files.stock_weights(denoiser.transformer)
-    return with_changes(denoiser, {n: adapter.change(n, weights[f"{n}.weight"]) for n in adapter.layers})
+def merge(denoiser: Denoiser, base: Denoiser | None = None) -> Denoiser:
+    """A denoiser whose stock weights, or those of `base`, include the adapter's; the adapter layers are gone."""
+    adapter, base = lora_files.from_module(denoiser.transformer, {}), base or denoiser
+    weights = lora_files.stock_weights(base.transformer)
+    return with_changes(base, {n: adapter.change(n, weights[f"{n}.weight"]) for n in adapter.layers})
 
 
 def with_changes(denoiser: Denoiser, changes: Mapping[str, Tensor]) -> Denoiser:

@@ -54,6 +54,7 @@ FLOW: dict[str, FlowMatchingConfig] = {
     "self": _flow(repa={"kind": "self", "layer": 0, "hidden": 16}),
     "tread": _flow(tread={"share": 0.5, "first": 0, "last": 0}),
     "lora": _flow(lora={"rank": 2}),
+    "int8": _flow(lora={"rank": 2, "base": "int8"}),
     "bf16": _flow(train={**TRAIN, "precision": "bf16", "compile": True}),
 }
 REAL_ONLY = ("scm", "bf16")  # no forward-mode derivative, no autocast of tensors that only pretend
@@ -118,7 +119,7 @@ def context(name: str, inputs: dict[str, Path], folder: Path) -> StageContext:
 def made(case: str, stage: Stage, pairs: Path, store: Path) -> Path:
     """The folder of a case's stage."""
     if case in FLOW:
-        init = {} if case != "lora" else {"init": stage(flow_matching, FLOW["beta"])}
+        init = {} if case not in ("lora", "int8") else {"init": stage(flow_matching, FLOW["beta"])}
         return stage(flow_matching, FLOW[case], **init)
     if case in DISTILLED:
         return stage(distill, DISTILLED[case], pairs=store)
