@@ -43,6 +43,7 @@ def changes(base: Path, source: str) -> list[str]:
         f"data.source={source}", "data.quality={check_captions: false, max_border: 0.02, max_overlay: 22}",
         f"data.captions={{max_words: {MAX_WORDS}}}",
         f"data.redecide={{min_side: {MIN_SIDE}, max_border: 0.02, max_overlay: 22, captions: {{max_words: {MAX_WORDS}}}}}",
+        "data.reconsider={}",
         f"data.decontaminate={{{evaluation}}}", "data.semantic={min_cosine: 0.95}", f"data.safety={{max_nsfw: {MAX_NSFW}}}",
         f"data.aesthetic={{head: {{path: {base / 'head.safetensors'}}}, min_score: -0.9}}",
         "data.recaption={rows: all}", "posttrain.dpo=null",
