@@ -85,7 +85,8 @@ def steps_of(name: str, cost: Mapping[str, float], pictures: int) -> int:
     if limit is None:
         return STEPS
     other, share = limit
-    return max(LOOKS, round(share * cpu_seconds(other, STEPS, cost, pictures) / step_cost(name, cost)))
+    spare = share * cpu_seconds(other, STEPS, cost, pictures) - cpu_seconds(name, 0, cost, pictures)
+    return max(LOOKS, round(spare / step_cost(name, cost)))
 
 
 def with_teacher(name: str) -> bool:

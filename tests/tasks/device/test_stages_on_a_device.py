@@ -15,6 +15,7 @@ from infra.stages import Resources, StageContext, fan_out_here, no_progress
 from models.device import compute_device
 from models.distillation.config import DistillConfig, PairStoreConfig
 from models.engine.distribute import one_thread
+from models.personalization.config import DreamBoothConfig
 from models.posttraining.config import (
     DpoConfig,
     GrpoConfig,
@@ -28,6 +29,7 @@ from models.sampling.generate import load_generator
 from tasks.autoencoder import autoencoder
 from tasks.distill import distill
 from tasks.online import grpo, nft, refl
+from tasks.personalize import dreambooth
 from tasks.preference import dpo, make_pairs
 from tasks.reward_model import reward_model
 from tasks.teacher_pairs import teacher_pairs
@@ -77,7 +79,7 @@ ONLINE_STAGES: dict[str, tuple[Callable[[Any, StageContext], Any], Any]] = {
     "nft": (nft, NftConfig.model_validate({**ONLINE, "group": 2})),
     "refl": (refl, ReflConfig.model_validate(ONLINE)),
 }
-CASES = (*FLOW, *DISTILLED, *ONLINE_STAGES, "dpo", "reward-model", "autoencoder")
+CASES = (*FLOW, *DISTILLED, *ONLINE_STAGES, "dpo", "reward-model", "dreambooth", "autoencoder")
 
 # a CUDA device rounds otherwise, Muon iterates in bfloat16 there, and Adam's first steps amplify the sign of what is near 0
 ROUNDING = {"lazy": 1e-4, "cuda": 2e-3}
@@ -131,6 +133,9 @@ def made(case: str, stage: Stage, pairs: Path, store: Path) -> Path:
         case "reward-model":
             settings = {"train": TRAIN, "validation": 0.5}
             return stage(reward_model, RewardModelConfig.model_validate(settings), pairs=pairs)
+        case "dreambooth":
+            settings = {"subject": "robot", "token": "eels", "class_pictures": 4, "lora": {"rank": 2}, "train": TRAIN}
+            return stage(dreambooth, DreamBoothConfig.model_validate(settings))
         case _:
             small = {"channels": (8, 16), "norm_groups": 4, "train": TRAIN}
             return stage(autoencoder, AutoencoderConfig.model_validate(small))
