@@ -175,6 +175,8 @@ class TrainingGroup:
         """Send one job to the group and wait for its artifact."""
         import ray
 
+        if not self.use_gpu:  # a worker sees GPUs it did not ask for
+            job = job.model_copy(update={"resources": job.resources.model_copy(update={"device": "cpu"})})
         number = ray.get(self.mailbox.put.remote(job.model_dump_json()))
         told = 0
         while True:
