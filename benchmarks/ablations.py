@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.ablation_arms import ARMS, LOOKS, STEPS, cpu_seconds, recipe, steps_of
+from benchmarks.ablation_arms import ARMS, LOOKS, STEPS, cpu_seconds, recipe, steps_of, with_teacher
 from benchmarks.ablation_report import summarise
 from data_curation.dataset import TrainingSet
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
@@ -45,6 +45,8 @@ from models.networks.checkpoint import SamplingCard
 from models.networks.codec import Pixels
 from models.networks.families import Surroundings
 from models.networks.image_encoder import ImageEncoder
+from models.posttraining.reward import judge_reward
+from models.pretraining.baselines import Predictor
 from models.pretraining.config import FlowMatchingConfig
 from models.pretraining.curriculum import phases_of
 from models.pretraining.flow_matching import FlowMatching
@@ -71,7 +73,7 @@ class StoredText:
     def __call__(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of prompts."""
         tokens, mask = self.data.text([self.places[prompt] for prompt in prompts], self.longest)
-        return torch.from_numpy(tokens), torch.from_numpy(mask)
+        return torch.from_numpy(tokens).float(), torch.from_numpy(mask)
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt."""
@@ -79,37 +81,41 @@ class StoredText:
 
 
 class Accuracy:
-    """Held-out prompts, strictly right or not, at every look."""
+    """Held-out prompts, drawn at every look: strictly right or not, and the demo's reward, which ranks weak models too."""
 
     def __init__(self, folder: Path, side: int) -> None:
         self.judge, self.side = Judge.load(folder / "judge"), side
         self.asked: Prompts = prompt_set("held_out_basic", PROMPTS, 0)
         self.around = Surroundings(StoredText(TrainingSet.open(folder)), Pixels())
 
-    def __call__(self, trainer: Trainer, objective: FlowMatching, card: SamplingCard) -> float:
-        """Share of right pictures of the averaged weights."""
+    def __call__(self, trainer: Trainer, objective: FlowMatching, card: SamplingCard) -> tuple[float, float]:
+        """Share of right pictures of the averaged weights, and the colour judge's mean log-likelihood."""
         denoiser = averaged(trainer, "denoiser", objective.denoiser, "denoiser.")
+        if objective.objective.kind != "x_0":
+            denoiser = Predictor(denoiser, objective.objective)
         generator = Generator(denoiser, card, around=self.around)
         size = PROMPTS if generator.device.type == "cuda" else 8
         pictures = generator.sample(self.asked.texts, self.asked.seeds, self.side, self.side, batch_size=size)
-        return float(self.judge.score(pictures, self.asked.scenes)["all"].mean())
+        right = self.judge.score(pictures, self.asked.scenes)["all"]
+        return float(right.mean()), float(judge_reward(self.judge, pictures, self.asked.scenes).mean())
 
 
 def objective_of(config: FlowMatchingConfig, data: TrainingData) -> FlowMatching:
     """A fresh network and its objective."""
     denoiser = families.build(config.network, None, data.text_mean, data.text_std, SIDES[0], config.train.seed)
     phases = phases_of(config)
-    return FlowMatching(denoiser, config.timesteps, alignment(config, denoiser, data, phases), phases=phases)
+    repa = alignment(config, denoiser, data, phases)
+    return FlowMatching(denoiser, config.timesteps, repa, config.objective, phases)
 
 
 def run_arm(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Train one arm with one seed; accuracy at equally spaced looks, the last one at the end."""
+    """Train one arm with one seed; accuracy and reward at equally spaced looks, the last one at the end."""
     torch.set_num_threads(1)
     config = recipe(ARMS[name][0], steps, seed)
     data, began = TrainingData(folder), time.perf_counter()
     objective, accuracy = objective_of(config, data), Accuracy(folder, config.sampling.side)
-    card, curve = card_of(config, None), list[tuple[int, float]]()
-    batches = curriculum_batches(data, phases_of(config), seed, teacher=False)
+    card, curve = card_of(config, None), list[tuple[int, float, float]]()
+    batches = curriculum_batches(data, phases_of(config), seed, with_teacher(name))
     every = max(1, steps // LOOKS)
     settings = config.train.model_copy(
         update={"sample_every": every, "checkpoint_every": 10**6 * config.train.log_every}
@@ -117,12 +123,12 @@ def run_arm(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
 
     def look(step: int, trainer: Trainer) -> None:
         if steps - step >= every or step == steps:
-            curve.append((step, accuracy(trainer, objective, card)))
+            curve.append((step, *accuracy(trainer, objective, card)))
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = train(objective, batches, settings, Path(scratch), on_sample=look)
     if not curve or curve[-1][0] != steps:
-        curve.append((steps, accuracy(trainer, objective, card)))
+        curve.append((steps, *accuracy(trainer, objective, card)))
     return {"arm": name, "seed": seed, "steps": steps, "curve": curve, "loss": trainer.rows[-1]["loss"],
             "seconds": time.perf_counter() - began}  # fmt: skip
 
@@ -135,7 +141,7 @@ def costs(folder: Path) -> dict[str, float]:
     for name, (changes, _) in ARMS.items():
         config = recipe(changes, STEPS, 0)
         trainer = Trainer(objective_of(config, data), config.train, scratch / name)
-        runs[name] = trainer, curriculum_batches(data, phases_of(config), 0, teacher=False)
+        runs[name] = trainer, curriculum_batches(data, phases_of(config), 0, with_teacher(name))
     spent: dict[str, list[float]] = {name: [] for name in ARMS}
     for place in range(COST_ROUNDS):
         for name, (trainer, batches) in runs.items():
@@ -174,9 +180,8 @@ def prepare(encoded: Path, judge: Path, folder: Path) -> None:
         texts += new
     for side in SIDES:
         rows = [r for r in chosen if r["resolution"] == side]
-        images = load_file(encoded / f"images-{side}x{side}.safetensors")["images"][[r["position"] for r in rows]]
-        save_file({"images": images, "teacher": np.zeros((len(rows), 1, 1, 0), np.float16)},
-                  folder / f"images-{side}x{side}.safetensors")  # fmt: skip
+        kept, name = [r["position"] for r in rows], f"images-{side}x{side}.safetensors"
+        save_file({key: array[kept] for key, array in load_file(encoded / name).items()}, folder / name)
         for position, row in enumerate(rows):
             caption = places[data.captions[row["caption_short"]]]
             row |= {"position": position, "caption_short": caption, "caption_long": caption}

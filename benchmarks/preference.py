@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 FOLDER, FOUND = Path("runs", "preference-benchmark"), "found.json"
 START, SFT = "continue", "sft"
 METHODS: dict[str, Callable[[Any, StageContext], dict[str, Any]]] = {"dpo": dpo, "refl": refl, "grpo": grpo, "nft": nft}
-PROMPTS, SEVERAL, PAIR_PROMPTS, OTHER_SEED, RESAMPLES = 320, 24, 960, 1, 2000
+PROMPTS, SEVERAL, PAIR_PROMPTS, OTHER_SEED, RESAMPLES = 480, 24, 960, 1, 2000
+ASKED_SEED = 1  # of prompts and noise: settings were chosen on those of seed 0
 GAP, DIVERSITY, LONG, REST = 0.4, 0.8, 0.1, 0.02
 PRESETS = parse(LifecycleConfig, load_yaml(PRESET.with_name("posttrain-all.yaml")), "presets/posttrain-all.yaml")
 
@@ -115,10 +116,10 @@ def arm(places: Places, name: str, seed: int) -> dict[str, Any]:
 
 def answers(places: Places, name: str, checkpoint: Path) -> Answers:
     """One number a prompt for every metric; from their file if they were asked before."""
-    told = FOLDER / "answers" / f"{name}-{known(checkpoint)['key'][:16]}.json"
+    told = FOLDER / "answers" / f"{name}-{known(checkpoint)['key'][:16]}-{ASKED_SEED}.json"
     told.parent.mkdir(exist_ok=True)
     if not told.exists():
-        seed, sample = EvaluateConfig().seed, load_generator(checkpoint).sample
+        seed, sample = ASKED_SEED, load_generator(checkpoint).sample
         judge, other = Judge.load(places.judge), Judge.load(made("other"))
         full, long = prompt_set("held_out_full", PROMPTS, seed), prompt_set("long", PROMPTS // 2, seed)
         images, several = sample(full.texts, full.seeds), several_seeds(SEVERAL, EvaluateConfig().diversity_seeds, seed)
@@ -251,11 +252,16 @@ def experiments(places: Places) -> dict[str, Any]:
     return {"arms": told, "held_out_at_equal_cpu_seconds": equal, "ended_by_guard": ended}
 
 
-def main() -> dict[str, Any]:
-    """Measure on a finished demo."""
+def demo_stages() -> dict[str, Path]:
+    """Folders of a finished demo's stages."""
     given = os.environ.get("T2I_DEMO_RECORD")
     run = json.loads(Path(given).read_text()) if given else lifecycle(0)
-    entries = {entry["name"]: Path(entry["uri"].removeprefix("file://")) for entry in run["stages"]}
+    return {entry["name"]: Path(entry["uri"].removeprefix("file://")) for entry in run["stages"] if entry.get("uri")}
+
+
+def main() -> dict[str, Any]:
+    """Measure on a finished demo."""
+    entries = demo_stages()
     with one_thread():
         found = experiments(Places(entries[START], entries["encode"], entries["judge"]))
     figures, closed = figures_of(found["arms"]), found["arms"]["grpo"]["gap_closed"]["value"]

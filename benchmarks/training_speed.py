@@ -98,7 +98,7 @@ def plain_loop(data: TrainingData, half: bool) -> Callable[[], None]:
     pictures = data.set.select((SIDE,))
     rows = pictures.batch(0, PICTURES, 0)
     images = torch.from_numpy(data.set.gather(rows).images).permute(0, 3, 1, 2).contiguous()
-    tokens, mask = (torch.from_numpy(x) for x in data.set.text(data.set.gather(rows).short, PADDED))
+    tokens, mask = data.text(data.set.gather(rows).short, PADDED)
     loader = DataLoader(TensorDataset(images, tokens, mask), BATCH, shuffle=True, drop_last=True, pin_memory=GPU)
     transformer = network().transformer
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=OPTIMIZER.adamw_lr, betas=OPTIMIZER.betas)

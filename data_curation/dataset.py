@@ -148,17 +148,18 @@ class TrainingSet:
 
     def text(
         self, ids: Sequence[int] | NDArray[np.int64], max_tokens: int | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Raw text features of caption ids (0: the empty prompt), padded with zeros: ([B, T, D], mask [B, T])."""
+    ) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
+        """Text features of caption ids (0: the empty prompt) as stored, padded with zeros: ([B, T, D], mask [B, T])."""
         ids = np.asarray(ids, np.int64)
         starts = self._offsets[ids]
         lengths = self._offsets[ids + 1] - starts
         if max_tokens is not None:
             lengths = np.minimum(lengths, max_tokens)
         width = int(lengths.max()) if max_tokens is None else max_tokens
-        mask = np.arange(width) < lengths[:, None]
-        source = np.where(mask, starts[:, None] + np.arange(width), 0)
-        return np.where(mask[..., None], self._tokens[source].astype(np.float32), np.float32(0)), mask
+        tokens = np.zeros((len(ids), width, self._tokens.shape[1]), np.float16)
+        for row, start, length in zip(tokens, starts, lengths, strict=True):
+            row[:length] = self._tokens[start : start + length]
+        return tokens, np.arange(width) < lengths[:, None]
 
     def _bucket(self, bucket: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
         if bucket not in self._pictures:

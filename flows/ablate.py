@@ -16,7 +16,7 @@ from typing import Any
 from flows.config import LifecycleConfig
 from flows.dag import curation, frozen, latents, seeded, training_set
 from flows.run import Display, Run
-from infra.config import parse
+from infra.config import parse, put
 from infra.errors import ConfigError
 from infra.provenance import provenance
 from infra.stages import StageSpec
@@ -33,21 +33,18 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "repa-stop": ({}, {"repa.until": 1.0}),
     "irepa": ({"repa.projector": "conv", "repa.spatial_norm": 1.0}, {}),
     "muon": ({}, {"train.optimizer.muon_lr": None}),
-    "tread": ({"tread": {"share": 0.5, "first": 2, "last": 2}}, {}),
+    "tread": ({"tread": {"share": 0.5, "first": 1, "last": 2}}, {}),
     "curriculum": ({"repa": None}, {"select.resolutions": [32, 40], "select.shares": [0.5, 0.5], "repa": None}),
 }
 
 
 def changed(stage: FlowMatchingConfig, changes: Mapping[str, Any], share: float) -> FlowMatchingConfig:
-    """The stage with some settings replaced, by dotted path, and `share` of its steps; a path through null is passed over."""
+    """The stage with some settings replaced, by dotted path, and `share` of its steps; nothing is set inside null."""
     data = stage.model_dump()
     for path, value in changes.items():
-        *parents, last = path.split(".")
-        here: Any = data
-        for part in parents:
-            here = None if here is None else here[part]
-        if here is not None:
-            here[last] = value
+        top, inside, _ = path.partition(".")
+        if not inside or data[top] is not None:
+            put(data, path, value, f"switch {path!r}")
     train = data["train"]
     train["steps"] = max(1, round(train["steps"] * share))
     return parse(FlowMatchingConfig, data, f"stage {stage.name!r}")

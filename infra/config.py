@@ -163,34 +163,40 @@ def _near_files(path: Path) -> str:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    steps = dotted.strip().split(".")
-    if not equals or not all(steps):
+    if not equals:
         raise ConfigError(f"override {override!r} is not of the form key.key=value")
+    put(data, dotted.strip(), _yaml(text, f"override {override!r}"), f"override {override!r}")
+
+
+def put(data: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Set the value at a dotted path such as `pretrain.0.steps`; mappings that are missing or null on the way are made.
+
+    Raises `ConfigError`, which names `source`, for an empty step, a step into a value, or an index that a list does not have.
+    """
+    *parents, last = steps = dotted.split(".")
+    if not all(steps):
+        raise ConfigError(f"{source} is not of the form key.key=value")
     here: Any = data
-    for position, step in enumerate(steps):
-        where = ".".join(steps[:position]) or "the top level"
-        last = position == len(steps) - 1
-        if isinstance(here, list):
-            index = _index(here, step, where, override)
-            here = _set_or_enter(here, index, text, override, last)
-        elif isinstance(here, dict):
-            if not last and here.get(step) is None:
-                here[step] = {}
-            here = _set_or_enter(here, step, text, override, last)
-        else:
-            raise ConfigError(f"override {override!r}: {where} is the value {here!r}, it has no {step!r} inside")
+    for position, step in enumerate(parents):
+        if isinstance(here, dict) and here.get(step) is None:
+            here[step] = {}
+        here = here[_key(here, step, steps[:position], source)]
+    here[_key(here, last, parents, source)] = value
 
 
-def _set_or_enter(here: Any, step: str | int, text: str, override: str, last: bool) -> Any:
-    if last:
-        here[step] = _yaml(text, f"override {override!r}")
-    return here[step]
+def _key(here: Any, step: str, above: Sequence[str], source: str) -> str | int:
+    where = ".".join(above) or "the top level"
+    if isinstance(here, list):
+        return _index(here, step, where, source)
+    if not isinstance(here, dict):
+        raise ConfigError(f"{source}: {where} is the value {here!r}, it has no {step!r} inside")
+    return step
 
 
-def _index(here: list[Any], step: str, where: str, override: str) -> int:
+def _index(here: list[Any], step: str, where: str, source: str) -> int:
     if not step.isdigit() or int(step) >= len(here):
         limit = f"an index from 0 to {len(here) - 1}" if here else "no entry (the list is empty)"
-        raise ConfigError(f"override {override!r}: {where} is a list, {step!r} must be {limit}")
+        raise ConfigError(f"{source}: {where} is a list, {step!r} must be {limit}")
     return int(step)
 
 

@@ -54,7 +54,7 @@ class Groups:
         rng = np.random.default_rng([config.seed, 77])
         if "judge" in ctx.inputs:
             published = [scene for scene in demo.all_scenes("full") if not scene.held_out]
-            chosen = [published[i] for i in rng.choice(len(published), config.prompts, replace=False)]
+            chosen = [published[i] for i in drawn(rng, len(published), config.prompts)]
             return cls([demo.short_caption(scene) for scene in chosen], chosen)
         captions = TrainingData(ctx.inputs["data"]).set.captions[1:]
         if len(captions) < config.prompts:
@@ -74,6 +74,13 @@ class Groups:
         else:
             raise ConfigError("pairs: nothing ranks the pictures; set pairs.hub to a reward, or pairs.source to data")
         return values.reshape(len(self.captions), config.group)
+
+
+def drawn(rng: np.random.Generator, there: int, wanted: int) -> np.ndarray:
+    """`wanted` places of `there` in random order; none comes a second time before all came once."""
+    if wanted <= there:
+        return rng.choice(there, wanted, replace=False)
+    return np.concatenate([rng.permutation(there) for _ in range(-(-wanted // there))])[:wanted]
 
 
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def pair_batches(
 
     def batch(step: int) -> Batch:
         rows = shuffled(config.seed, "pair order", len(store), [step * size + slot for slot in slots]).tolist()
-        tokens, mask = data.set.text(store.captions[rows])
+        tokens, mask = data.text(store.captions[rows])
         noise = torch.stack([noise_of(store.seeds[row], height, width) for row in rows])
         images = torch.from_numpy(store.images[rows])
-        return Batch(images, torch.from_numpy(tokens), torch.from_numpy(mask), slots, extra={"noise": noise})
+        return Batch(images, tokens, mask, slots, extra={"noise": noise})
 
     return batch

@@ -46,8 +46,12 @@ class TrainingData:
 
     def null(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty prompt, [1, T, D] and [1, T]."""
-        tokens, mask = self.set.text([0])
-        return torch.from_numpy(tokens), torch.from_numpy(mask)
+        return self.text([0])
+
+    def text(self, ids: Sequence[int] | np.ndarray, max_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features float32 [B, T, D] and mask [B, T] of caption ids."""
+        tokens, mask = self.set.text(ids, max_tokens)
+        return torch.from_numpy(tokens).float(), torch.from_numpy(mask)
 
     def _without_encoders(self, tokens: torch.Tensor, share: float, rng: Randomness) -> torch.Tensor:
         """Tokens [B, T, D] in which each text encoder's part is that of the empty prompt in so many samples."""
@@ -83,7 +87,7 @@ class TrainingData:
                 if self.scaling is not None:
                     moments = torch.from_numpy(self.set.latents(part))
                     images = drawn(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2]), self.scaling)
-                tokens, mask = (torch.from_numpy(x) for x in self.set.text(gathered.short))
+                tokens, mask = self.text(gathered.short)
                 found.append(Batch(images, tokens, mask, tuple(range(len(ids))), rows=tuple(ids.tolist())))
         return found
 
@@ -115,16 +119,18 @@ class TrainingData:
 
         def batch(step: int) -> Batch:
             rng = Randomness(seed, step, slots)
-            replayed = float(torch.rand((), generator=rng.shared("replay"))) < select.replay
-            place = float(torch.rand((), generator=rng.shared("resolution"))) * bounds[-1]
+            replayed = select.replay > 0 and float(torch.rand((), generator=rng.shared("replay"))) < select.replay
+            place = float(torch.rand((), generator=rng.shared("resolution"))) * bounds[-1] if len(groups) > 1 else 0.0
             source = (replay if replayed else main)[int(np.searchsorted(bounds, place, side="right"))]
             ids = source.batch(step - first_step, batch_size, seed)
             part = type(ids)(ids.bucket, ids.positions[list(slots)], ids.rows[list(slots)])
             rows = self.set.gather(part)
-            use_long = (rng.uniform("long caption") < select.long_captions).numpy()
-            empty = (rng.uniform("empty caption") < select.empty_captions).numpy()
-            captions = np.where(empty, 0, np.where(use_long, rows.long, rows.short))
-            tokens, mask = (torch.from_numpy(x) for x in self.set.text(captions))
+            captions = rows.short
+            if select.long_captions > 0:
+                captions = np.where(rng.uniform("long caption").numpy() < select.long_captions, rows.long, captions)
+            if select.empty_captions > 0:
+                captions = np.where(rng.uniform("empty caption").numpy() < select.empty_captions, 0, captions)
+            tokens, mask = self.text(captions)
             tokens = self._without_encoders(tokens, select.empty_encoders, rng)
             features = torch.from_numpy(rows.teacher) if teacher else None
             if self.scaling is None:

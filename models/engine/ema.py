@@ -27,7 +27,8 @@ class PowerEma:
     def __init__(self, module: nn.Module, gamma: float, decay: float | None = None) -> None:
         self.gamma, self.decay = gamma, decay
         self.updates = 0
-        self.average = {name: part_of(p).clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: part_of(p).clone() for name, p in self.trained.items()}
 
     def beta(self) -> float:
         """How much of the average stays at the present number of updates."""
@@ -36,18 +37,16 @@ class PowerEma:
             return 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n))
         return (1 - 1 / (self.updates + 1)) ** self.gamma if self.gamma > 0 else 0.0
 
-    def load(self, average: Mapping[str, torch.Tensor], module: nn.Module) -> None:
-        """Go on from a stored average, this worker keeping its parts of the module's cut weights."""
-        likes = dict(module.named_parameters())
-        self.average = {name: cut(value.to(likes[name].device), likes[name]) for name, value in average.items()}
+    def load(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a stored average, this worker keeping its parts of cut weights."""
+        self.average = {name: cut(average[name].to(p.device), p) for name, p in self.trained.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Fold the module's present weights into the average."""
+    def update(self) -> None:
+        """Fold the present weights into the average."""
         self.updates += 1
-        trained = {name: p for name, p in module.named_parameters() if name in self.average}
-        targets = [self.average[name] for name in trained]
-        torch._foreach_lerp_(targets, [part_of(p) for p in trained.values()], 1 - self.beta())
+        present = [part_of(p) for p in self.trained.values()]
+        torch._foreach_lerp_(list(self.average.values()), present, 1 - self.beta())
 
 
 def synthesis(snapshots: Sequence[tuple[float, float]], gamma: float, at: float) -> NDArray[np.float64]:

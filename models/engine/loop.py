@@ -131,10 +131,10 @@ class Trainer:
             refuse_other_model(groups[f"{name}.weights"], trainable_tensors(module, self.trainable[name]), self.folder)
             put_weights(module, groups[f"{name}.weights"])
             self.optimizers[name].load_tensors(groups[f"{name}.optimizer"])
-            self.emas[name].load(groups[f"{name}.ema"], module)
+            self.emas[name].load(groups[f"{name}.ema"])
             self.emas[name].updates = meta["updates"][name]
         for name, (player, ema) in self.tracked.items():
-            ema.load(groups[name], self.players[player])
+            ema.load(groups[name])
             ema.updates = meta["updates"][player]
         if "objective" in groups:
             self.objective.load_state(groups["objective"])  # type: ignore[attr-defined]
@@ -163,10 +163,10 @@ class Trainer:
             self._count_skipped(name, moved, batch)
             numbers |= {f"{prefix}{key}": value for key, value in sums.items()}
             numbers[f"{prefix}gradient_norm"] = norm
-            self.emas[name].update(self.players[name])
+            self.emas[name].update()
             for player, ema in self.tracked.values():
                 if player == name:
-                    ema.update(self.players[name])
+                    ema.update()
         self._give_turn(None)
         self.objective.after_step(self.step)
         return numbers

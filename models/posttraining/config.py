@@ -18,7 +18,7 @@ class PairsConfig(Config):
     """Preference pairs from the model's own pictures: best and worst of a group under a reward."""
 
     name: str = Field(default="pairs", pattern=r"^[a-z0-9-]+$", description="Name of the stage")
-    prompts: int = Field(default=160, ge=2, description="Distinct training prompts")
+    prompts: int = Field(default=160, ge=2, description="Training prompts; more than there are ask all again")
     group: int = Field(default=4, ge=2, description="Pictures per prompt")
     steps: int = Field(default=8, ge=1, description="Euler steps of the rollouts")
     guidance: float = Field(default=2.0, ge=1, description="Guidance of the rollouts, as at inference")

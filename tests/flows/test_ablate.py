@@ -20,6 +20,7 @@ def test_an_arm_changes_what_the_switch_names_and_no_more() -> None:
     assert other.select == stage.select
     without = FlowMatchingConfig(repa=None)
     assert changed(without, {"repa.until": 1.0}, 1.0) == without
+    assert changed(stage, {"tread": {"share": 0.5, "first": 2, "last": 2}}, 1.0).tread is not None
 
 
 def test_paired_differences_have_the_t_interval() -> None:

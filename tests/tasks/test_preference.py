@@ -11,7 +11,7 @@ from models.networks.checkpoint import SamplingCard, write_checkpoint
 from models.networks.config import PrxConfig
 from models.posttraining.config import PairsConfig
 from models.posttraining.reward import judge_reward
-from tasks.preference import make_pairs
+from tasks.preference import drawn, make_pairs
 
 
 def test_stored_pictures_have_the_stored_rewards_and_winners_the_larger(tmp_path) -> None:
@@ -38,3 +38,11 @@ def test_stored_pictures_have_the_stored_rewards_and_winners_the_larger(tmp_path
     for side in ("winner", "loser"):
         np.testing.assert_allclose(judge_reward(judge, pictures[side], scenes), table[f"reward_{side}"], atol=1e-5)
     assert all(gap > 0 for gap in np.subtract(table["reward_winner"], table["reward_loser"]))
+
+
+def test_no_scene_is_asked_again_before_all_were_asked() -> None:
+    places = drawn(np.random.default_rng(0), 7, 17)
+    assert len(places) == 17
+    assert sorted(places[:7]) == sorted(places[7:14]) == list(range(7))
+    assert list(places[:7]) != list(places[7:14])
+    assert sorted(drawn(np.random.default_rng(0), 7, 7)) == list(range(7))

@@ -56,9 +56,9 @@ def test_a_pair_is_what_the_sampler_draws_from_its_seed(stage) -> None:
 
 def _data():
     def text(ids):
-        return np.zeros((len(ids), 2, 384), np.float32), np.ones((len(ids), 2), bool)
+        return torch.zeros(len(ids), 2, 384), torch.ones(len(ids), 2, dtype=torch.bool)
 
-    return SimpleNamespace(set=SimpleNamespace(text=text))
+    return SimpleNamespace(text=text)
 
 
 def test_shards_that_are_there_are_not_drawn_again(stage) -> None:

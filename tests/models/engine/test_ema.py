@@ -18,7 +18,7 @@ def test_the_constant_decay_is_diffusers_over_1000_steps() -> None:
     for step in range(1000):
         with torch.no_grad():
             layer.weight.copy_(walk(step)[None])
-        ours.update(layer)
+        ours.update()
         theirs.step(layer.parameters())
         torch.testing.assert_close(ours.average["weight"], theirs.shadow_params[0], atol=1e-6, rtol=0)
 
@@ -31,7 +31,7 @@ def test_an_average_chosen_afterwards_is_the_one_tracked_all_along() -> None:
         with torch.no_grad():
             layer.weight.copy_(walk(step)[None])
         for ema in (*stored, wanted):
-            ema.update(layer)
+            ema.update()
         if step % 100 == 0:
             places += [(ema.gamma, float(step)) for ema in stored]
             averages += [{"weight": ema.average["weight"].clone()} for ema in stored]

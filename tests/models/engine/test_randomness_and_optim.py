@@ -112,7 +112,7 @@ def test_power_ema_equals_the_written_out_sum() -> None:
     for k, value in enumerate([2.0, -1.0, 0.5], start=1):
         with torch.no_grad():
             layer.weight.fill_(value)
-        ema.update(layer)
+        ema.update()
         beta = (1 - 1 / (k + 1)) ** 3
         expected = beta * expected + (1 - beta) * value
     assert float(ema.average["weight"]) == pytest.approx(expected, rel=1e-5)
