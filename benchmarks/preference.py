@@ -2,7 +2,7 @@
 
 The checkpoint is a finished demo's `continue` (`T2I_DEMO_RECORD`, the record of a run; without it the demo is run). For every
 seed its SFT, then each method from that SFT with the settings of presets/posttrain-all.yaml (pairs of fewer prompts).
-Every arm is a stage of its own; what it made and found is kept under runs/preference-benchmark and not made again as long as
+`python -m benchmarks.preference refl,nft` measures these beside Flow-GRPO, with "" it alone. Every arm is a stage of its own; what it made and found is kept under runs/preference-benchmark and not made again as long as
 its settings and inputs are the same.
 Seconds are of one CPU core (process time), guards and pairs included. No method and no guard asks the judges of `other`: they
 are trained for this benchmark, with another seed, and their word is the held-out one. Intervals: 95 %, prompts resampled.
@@ -16,8 +16,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from tasks.training import flow_matching
 
 log = logging.getLogger(__name__)
 FOLDER, FOUND = Path("runs", "preference-benchmark"), "found.json"
-START, SFT = "continue", "sft"
+START, SFT, CLOSING = "continue", "sft", "grpo"
 METHODS: dict[str, Callable[[Any, StageContext], dict[str, Any]]] = {"dpo": dpo, "refl": refl, "grpo": grpo, "nft": nft}
 PROMPTS, SEVERAL, PAIR_PROMPTS, OTHER_SEED, RESAMPLES = 480, 24, 960, 1, 2000
 ASKED_SEED = 1  # of prompts and noise: settings were chosen on those of seed 0
@@ -216,21 +217,21 @@ def figures_of(told: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     def value(arm: str, label: str) -> float:
         return float(told[arm][label]["value"])
 
-    closed, long, rest = value("grpo", "gap_closed"), value(SFT, "long_gain"), value(SFT, "accuracy_gain")
+    closed, long, rest = value(CLOSING, "gap_closed"), value(SFT, "long_gain"), value(SFT, "accuracy_gain")
     found = [figure("grpo_gap_closed", closed, GAP, closed >= GAP), figure("sft_long", long, LONG, long >= LONG),
              figure("sft_rest", rest, -REST, rest > -REST)]  # fmt: skip
-    for name in METHODS:
+    for name in (name for name in told if name != SFT):
         reward, held, kept = (value(name, label) for label in ("reward_gain", "held_out_gain", "diversity_ratio"))
         found += [figure(f"{name}_reward", reward, 0.0, reward > 0), figure(f"{name}_held_out", held, 0.0, held >= 0),
                   figure(f"{name}_diversity", kept, DIVERSITY, kept >= DIVERSITY)]  # fmt: skip
     return found
 
 
-def experiments(places: Places) -> dict[str, Any]:
-    """All arms with all seeds."""
+def experiments(places: Places, methods: Sequence[str]) -> dict[str, Any]:
+    """SFT and these methods from it, with all seeds."""
     stage("other", train_judge, PRESETS.judge.model_copy(update={"seed": OTHER_SEED}))
     found: dict[str, list[Answers]] = {START: [answers(places, START, places.start)] * len(SEEDS)}
-    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in (SFT, *METHODS)}
+    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in (SFT, *methods)}
     for seed in SEEDS:
         for name in arms:
             arms[name].append(arm(places, name, seed))
@@ -245,8 +246,8 @@ def experiments(places: Places) -> dict[str, Any]:
             )
     cpu = {name: [run["cpu"] for run in runs] for name, runs in arms.items()}
     told = {name: compared(found, name, START if name == SFT else SFT, cpu[name]) for name in arms}
-    tuned = {name: arms[name] for name in METHODS}
-    budgets = sorted(round(mean(cpu[name])) for name in METHODS)
+    tuned = {name: arms[name] for name in methods}
+    budgets = sorted(round(mean(cpu[name])) for name in methods)
     ended = {name: [run["facts"]["guard"]["reasons"] for run in runs] for name, runs in tuned.items()}
     equal = {str(budget): at_equal_cpu(tuned, budget) for budget in budgets}
     return {"arms": told, "held_out_at_equal_cpu_seconds": equal, "ended_by_guard": ended}
@@ -259,17 +260,18 @@ def demo_stages() -> dict[str, Path]:
     return {entry["name"]: Path(entry["uri"].removeprefix("file://")) for entry in run["stages"] if entry.get("uri")}
 
 
-def main() -> dict[str, Any]:
-    """Measure on a finished demo."""
+def main(others: Sequence[str] = tuple(name for name in METHODS if name != CLOSING)) -> dict[str, Any]:
+    """Measure Flow-GRPO and others on a finished demo; without all of them the record has a name of its own."""
     entries = demo_stages()
     with one_thread():
-        found = experiments(Places(entries[START], entries["encode"], entries["judge"]))
-    figures, closed = figures_of(found["arms"]), found["arms"]["grpo"]["gap_closed"]["value"]
+        found = experiments(Places(entries[START], entries["encode"], entries["judge"]), (CLOSING, *others))
+    figures, closed = figures_of(found["arms"]), found["arms"][CLOSING]["gap_closed"]["value"]
     met = all(each["met"] for each in figures)
     detail = {"figures": figures, "prompts": PROMPTS, "pair_prompts": PAIR_PROMPTS, **found}
-    return record("preference", list(SEEDS), closed, 1.0, GAP, met, detail)
+    name = "preference" if len(others) == len(METHODS) - 1 else "-".join(["preference", CLOSING, *others])
+    return record(name, list(SEEDS), closed, 1.0, GAP, met, detail)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    print(json.dumps(main()))
+    print(json.dumps(main([name for name in sys.argv[1].split(",") if name]) if len(sys.argv) > 1 else main()))
