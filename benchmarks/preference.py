@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 FOLDER, FOUND = Path("runs", "preference-benchmark"), "found.json"
 START, SFT, CLOSING = "continue", "sft", "grpo"
 METHODS: dict[str, Callable[[Any, StageContext], dict[str, Any]]] = {"dpo": dpo, "refl": refl, "grpo": grpo, "nft": nft}
+OTHERS = tuple(method for method in METHODS if method != CLOSING)
 PROMPTS, SEVERAL, PAIR_PROMPTS, OTHER_SEED, RESAMPLES = 480, 24, 960, 1, 2000
 ASKED_SEED = 1  # of prompts and noise: settings were chosen on those of seed 0
 GAP, DIVERSITY, LONG, REST = 0.4, 0.8, 0.1, 0.02
@@ -260,7 +261,7 @@ def demo_stages() -> dict[str, Path]:
     return {entry["name"]: Path(entry["uri"].removeprefix("file://")) for entry in run["stages"] if entry.get("uri")}
 
 
-def main(others: Sequence[str] = tuple(name for name in METHODS if name != CLOSING)) -> dict[str, Any]:
+def main(others: Sequence[str] = OTHERS) -> dict[str, Any]:
     """Measure Flow-GRPO and others on a finished demo; without all of them the record has a name of its own."""
     entries = demo_stages()
     with one_thread():
@@ -268,7 +269,7 @@ def main(others: Sequence[str] = tuple(name for name in METHODS if name != CLOSI
     figures, closed = figures_of(found["arms"]), found["arms"][CLOSING]["gap_closed"]["value"]
     met = all(each["met"] for each in figures)
     detail = {"figures": figures, "prompts": PROMPTS, "pair_prompts": PAIR_PROMPTS, **found}
-    name = "preference" if len(others) == len(METHODS) - 1 else "-".join(["preference", CLOSING, *others])
+    name = "preference" if tuple(others) == OTHERS else "-".join(["preference", CLOSING, *others])
     return record(name, list(SEEDS), closed, 1.0, GAP, met, detail)
 
 
