@@ -182,7 +182,8 @@ def test_headline_has_a_column_per_kind_of_stage_and_a_row_per_prompt(context: S
     for colour in ((200, 200, 200), (0x16, 0x6B, 0x2E), (0xB3, 0x26, 0x1E)):  # the pictures, right, not right
         assert (drawn == colour).all(2).any(), colour
     subject = scores.model_copy(update={"facts": {"config": {"subjects": [{"phrase": EVIL}]}}})
-    assert not headline(context.inputs["scores"], {"pretrain": made, "scores": subject}, {}, tmp_path / "none.png")
+    folder = context.inputs["scores"]
+    assert not headline(folder, {}, {"pretrain": made, "scores": subject}, {}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
