@@ -78,7 +78,18 @@ def test_the_preset_is_a_plan(tmp_path, pictures) -> None:
     (tmp_path / "model").mkdir()
     rows = command("plan", tmp_path / "model", pictures, tmp_path / "runs")
     names = [row["stage"] for row in rows]
-    assert names[6:] == ["model", "features", "sft", "pairs", "reward-model", "grpo", "dpo", "pictures", "export", "report"]
+    assert names[6:] == [
+        "model",
+        "features",
+        "sft",
+        "pairs",
+        "reward-model",
+        "grpo",
+        "dpo",
+        "pictures",
+        "export",
+        "report",
+    ]
 
 
 @pytest.fixture
