@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def judge_of(config: LifecycleConfig, what: str) -> JudgeConfig:
-    """The judge, for `what` (such as "a night is") cannot do without it; ConfigError where there is none."""
+    """The judge, for what needs one and reads as `what`, such as "a night is"; ConfigError where there is none."""
     if config.model is not None:
         raise ConfigError(f"{what} judged by the demo's scenes, which a foreign model does not know; set model to null")
     if config.judge is None:

@@ -234,6 +234,6 @@ def distribution_table(ctx: StageContext) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = json.loads((folder / "distribution.json").read_text())
     columns = list(dict.fromkeys(name for scores in record["scores"].values() for name in scores))
-    stages = sorted(record["scores"], key=lambda stage: stage != "real")
+    stages = [stage for stage in ("real", *ctx.inputs) if stage in record["scores"]]
     nearest = {path.stem.removeprefix("nearest-"): data_uri(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
     return record | {"columns": columns, "stages": stages, "nearest": nearest}
