@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.config import LifecycleConfig
-from flows.dag import curation, frozen, latents, seeded, training_set
+from flows.dag import curation, latents, opening, seeded, training_set
+from flows.judged import judge_of
 from flows.run import Display, Run
 from infra.config import parse, put
 from infra.errors import ConfigError
@@ -52,7 +53,7 @@ def changed(stage: FlowMatchingConfig, changes: Mapping[str, Any], share: float)
 
 def arm(config: LifecycleConfig, name: str, changes: Mapping[str, Any], seed: int, share: float) -> list[StageSpec]:
     """The chain of pre-training stages of one arm and one seed."""
-    specs, init, data = list[StageSpec](), frozen(config), training_set(config)
+    specs, init, data = list[StageSpec](), opening(config), training_set(config)
     for stage in config.pretrain:
         own = changed(stage, changes, share).model_copy(update={"name": f"{name}-s{seed}-{stage.name}"})
         specs.append(spec_of(own.name, "flow_matching", seeded(own, config.seed + seed), data=data, **init))
@@ -66,12 +67,9 @@ def ablate(config: LifecycleConfig, switch: str, seeds: int, share: float, out: 
         raise ConfigError(f"there is no switch {switch!r}; choose one of {', '.join(SWITCHES)}")
     if not 2 <= seeds <= max(T_95):
         raise ConfigError(f"seeds={seeds} is outside 2 to {max(T_95)}; an interval needs several")
-    if config.model is not None:
-        raise ConfigError(
-            "arms are judged by the demo's scenes, which a foreign model does not know; set model to null"
-        )
+    judge = judge_of(config, "arms are")
     having, lacking = SWITCHES[switch]
-    base = [*curation(config.data), *latents(config), spec_of("judge", "train_judge", config.judge)]
+    base = [*curation(config.data), *latents(config), spec_of("judge", "train_judge", judge)]
     first = {(name, seed): arm(config, name, changes, seed, share)
              for seed in range(seeds) for name, changes in (("with", having), ("without", lacking))}  # fmt: skip
     run = _run(config, [*base, *(spec for chain in first.values() for spec in chain)], switch, display)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from data_curation.config import DataConfig
+from flows.judged import asking
 from infra.config import Config
 from infra.stages import UNVERSIONED, Resources
 from models.distillation.config import DistillConfig, PairStoreConfig
@@ -32,6 +33,8 @@ from tasks.config import (
     ModelConfig,
     ReportConfig,
 )
+
+MODEL = "model"  # the stage that reads a foreign one
 
 
 class PosttrainConfig(Config):
@@ -71,23 +74,6 @@ class PosttrainConfig(Config):
     def needs_pairs(self) -> bool:
         """Whether a stage reads preference pairs."""
         return self.dpo is not None or self.reward_model is not None
-
-    @property
-    def judged(self) -> list[str]:
-        """What asks the demo's judge, and what to set instead."""
-        found = []
-        if self.needs_pairs and self.pairs_table is None and self.pairs.source == "judge" and self.pairs.hub is None:
-            found.append("posttrain.pairs.source to data, or posttrain.pairs.hub to a reward")
-        for stage in self.online:
-            if any(term.kind == "judge" for term in stage.rewards):
-                kinds = "[{kind: model}], [{kind: sharpness}] or one of kind hub"
-                found.append(f"posttrain.{stage.name}.rewards to {kinds}")
-        for branch in (*self.online, *(() if self.dpo is None else (self.dpo,))):
-            if branch.guard is not None and branch.guard.held_out is None:
-                found.append(f"posttrain.{branch.name}.guard to null, or its held_out to a reward")
-        if self.prompt_enhancer is not None and self.prompt_enhancer.check is not None:
-            found.append("posttrain.prompt_enhancer.check to null")
-        return found
 
     @model_validator(mode="after")
     def _branches_fit(self) -> PosttrainConfig:
@@ -148,7 +134,10 @@ class LifecycleConfig(Config):
     name: str = Field(default="demo", pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the runs")
     seed: int = Field(default=0, ge=0, description="Added to the seed of every training stage; data stay the same")
     data: DataConfig = Field(default=DataConfig(), description="Curation")
-    judge: JudgeConfig = Field(default=JudgeConfig(), description="The judge behind prompt accuracy")
+    judge: JudgeConfig | None = Field(
+        default=JudgeConfig(),
+        description="The judge of the demo's scenes; null: own data, which nothing here judges by them",
+    )
     model: ModelConfig | None = Field(
         default=None, description="Foreign diffusers pipeline to start from, a folder or hub id; null: from scratch"
     )
@@ -183,20 +172,29 @@ class LifecycleConfig(Config):
     run: RunConfig = Field(default=RunConfig(), description="Where and how", json_schema_extra=UNVERSIONED)
 
     @property
+    def by_scenes(self) -> bool:
+        """Whether the judge of the demo's scenes is asked; a foreign model does not know them."""
+        return self.judge is not None and self.model is None
+
+    @property
+    def trunk(self) -> tuple[str, ...]:
+        """Names of the stages that hand the model on before post-training branches, first to last."""
+        foreign = () if self.model is None else (MODEL,)
+        sft = () if self.posttrain.sft is None else (self.posttrain.sft.name,)
+        return (*foreign, *(stage.name for stage in self.pretrain), *sft)
+
+    @property
     def chain(self) -> tuple[str, ...]:
         """Names of the stages that hand the model on, first to last."""
         post = self.posttrain
         chosen = post.hands_on or (post.branches[-1] if post.branches else None)
-        names = (None if post.sft is None else post.sft.name, chosen)
-        return (*(stage.name for stage in self.pretrain), *(name for name in names if name is not None))
+        return self.trunk if chosen is None else (*self.trunk, chosen)
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """Names of every stage that makes a checkpoint."""
-        post = () if self.posttrain.sft is None else (self.posttrain.sft.name,)
         subjects = (*(stage.name for stage in self.personalize), *(mix.name for mix in self.mix))
-        students = (stage.name for stage in self.distill)
-        return (*(stage.name for stage in self.pretrain), *post, *self.posttrain.branches, *subjects, *students)
+        return (*self.trunk, *self.posttrain.branches, *subjects, *(stage.name for stage in self.distill))
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> LifecycleConfig:
@@ -206,10 +204,13 @@ class LifecycleConfig(Config):
             raise ValueError("models in an autoencoder's latents are pre-trained and post-trained; set model to null, "
                              "personalize, mix and distill to []")  # fmt: skip
         detector = self.evaluate.detector
-        if self.model is None and detector is not None and detector.clip is None:
+        if self.by_scenes and detector is not None and detector.clip is None:
             raise ValueError("evaluate.detector names the backgrounds of the demo's scenes too; give it a clip")
-        if self.model is not None and (judged := self.posttrain.judged):
-            raise ValueError(f"the judge knows the demo's scenes, a foreign model does not; change {'; '.join(judged)}")
+        if not self.by_scenes and (asked := asking(self)):
+            why = (
+                "judge is null" if self.model is None else "the judge knows the demo's scenes, a foreign model does not"
+            )
+            raise ValueError(f"{why}; change {'; '.join(asked)}")
         if self.model is not None and (self.personalize or self.mix or self.distill):
             raise ValueError(
                 "a foreign model is tuned (pretrain, sft, dpo, grpo, nft, refl) and exported; "

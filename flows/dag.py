@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import TypeVar, assert_never
 
 from data_curation.config import DataConfig, SubjectFolder
-from flows.config import LifecycleConfig, PosttrainConfig
+from flows.config import MODEL, LifecycleConfig
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.stages import StageSpec
 from models.personalization.config import DreamBoothConfig, SweepConfig
 from models.posttraining.config import GrpoConfig, NftConfig, ReflConfig
 from tasks.catalog import spec_of
-from tasks.config import FeaturesConfig, ModelConfig
+from tasks.config import FeaturesConfig, PicturesConfig
 
 C = TypeVar("C", bound=Config)
 CANDIDATE = "nightly"  # the stage that a night trains
@@ -21,21 +21,11 @@ SOURCES = {"demo_web": "publish_demo_web", "list": "read_list", "folder": "read_
 
 
 def stage_specs(config: LifecycleConfig) -> list[StageSpec]:
-    """Curate, pre-train, post-train, personalize, distil, evaluate, export, report."""
-    specs = from_scratch(config) if config.model is None else on_model(config, config.model)
-    known = {*(spec.name for spec in specs), CANDIDATE}
-    if unknown := sorted(set(config.run.per_stage) - known):
-        raise ConfigError(
-            f"run.per_stage names {unknown[0]!r}, which is no stage; the stages are {', '.join(sorted(known))}"
-        )
-    return specs
-
-
-def from_scratch(config: LifecycleConfig) -> list[StageSpec]:
-    """The whole life of a model of one's own."""
-    return [
+    """Curate, pre-train, post-train, personalize, distil, evaluate, export, report: from scratch or on a foreign model."""
+    specs = [
         *curation(config.data),
-        spec_of("judge", "train_judge", config.judge),
+        *judging(config),
+        *latents(config),
         *pretraining(config),
         *posttraining(config),
         *prompt_enhancement(config),
@@ -43,38 +33,12 @@ def from_scratch(config: LifecycleConfig) -> list[StageSpec]:
         *distillation(config),
         *proof(config),
     ]
-
-
-def on_model(config: LifecycleConfig, model: ModelConfig) -> list[StageSpec]:
-    """A foreign model tuned on data of one's own: no stage here knows the demo's scenes, so none judges by them."""
-    specs = [
-        *curation(config.data),
-        spec_of("model", "import_model", model),
-        spec_of("features", "features", FeaturesConfig(), data="encode", model="model"),
-    ]
-    post, seed, last, data = config.posttrain, config.seed, "model", {"data": "features"}
-    for stage in (*config.pretrain, *(() if post.sft is None else (post.sft,))):
-        specs.append(spec_of(stage.name, "flow_matching", seeded(stage, seed), init=last, **data))
-        last = stage.name
-    tuned, start, pairs = [last], {"init": last, **data}, post.pairs_name
-    if post.needs_pairs and post.pairs_table is not None:
-        specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
-    elif post.needs_pairs:
-        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), **start))
-    reward = {} if post.reward_model is None else {"reward": post.reward_model.name}
-    if post.reward_model is not None:
-        name = post.reward_model.name
-        specs.append(spec_of(name, "reward_model", seeded(post.reward_model, seed), pairs=pairs, **data))
-    for branch in post.online:
-        specs.append(spec_of(branch.name, online_function(branch), seeded(branch, seed), **start, **reward))
-    if post.dpo is not None:
-        specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start))
-    exports = {name: name for name in (*tuned, *post.branches)}
-    specs += prompt_enhancement(config) + distances(config, ("model", *exports))
-    if config.evaluate.geneval is not None:
-        drawn = {"model": "model", **exports}
-        specs.append(spec_of("evaluate", "measure_prompts", config.evaluate, **drawn))
-    return [*specs, spec_of("export", "export", config.export, **exports)]
+    known = {*(spec.name for spec in specs), CANDIDATE}
+    if unknown := sorted(set(config.run.per_stage) - known):
+        raise ConfigError(
+            f"run.per_stage names {unknown[0]!r}, which is no stage; the stages are {', '.join(sorted(known))}"
+        )
+    return specs
 
 
 def curation(data: DataConfig, **known: str) -> list[StageSpec]:
@@ -104,30 +68,42 @@ def curation(data: DataConfig, **known: str) -> list[StageSpec]:
     ]
 
 
-def training_set(config: LifecycleConfig) -> str:
-    """Stage whose training set the model reads: pictures, or latents."""
-    return "encode" if config.autoencoder is None else "features"
+def judging(config: LifecycleConfig) -> list[StageSpec]:
+    """The judge of the demo's scenes, where it is asked."""
+    return [spec_of("judge", "train_judge", config.judge)] if config.by_scenes and config.judge is not None else []
+
+
+def judge(config: LifecycleConfig) -> dict[str, str]:
+    """Role -> stage of the judge; without it the stages take captions of one's own."""
+    return {"judge": "judge"} if config.by_scenes else {}
 
 
 def latents(config: LifecycleConfig) -> list[StageSpec]:
-    """The VAE of one's own, if there is to be one, and the training set in its latents."""
-    vae = config.autoencoder
-    if vae is None:
+    """The foreign model or the VAE of one's own, if there is one, and the training set in its terms."""
+    if config.model is not None:
+        own = spec_of(MODEL, "import_model", config.model)
+    elif config.autoencoder is not None:
+        own = spec_of(config.autoencoder.name, "autoencoder", seeded(config.autoencoder, config.seed), data="encode")
+    else:
         return []
-    return [
-        spec_of(vae.name, "autoencoder", seeded(vae, config.seed), data="encode"),
-        spec_of("features", "features", FeaturesConfig(), data="encode", model=vae.name),
-    ]
+    return [own, spec_of("features", "features", FeaturesConfig(), data="encode", model=own.name)]
 
 
-def frozen(config: LifecycleConfig) -> dict[str, str]:
-    """Role -> stage of what a fresh model is built around."""
+def training_set(config: LifecycleConfig) -> str:
+    """Stage whose training set the model reads: pictures, or these in a model's terms."""
+    return "encode" if config.autoencoder is None and config.model is None else "features"
+
+
+def opening(config: LifecycleConfig) -> dict[str, str]:
+    """Role -> stage of what the first training stage begins with; a fresh model in pixels begins with nothing."""
+    if config.model is not None:
+        return {"init": MODEL}
     return {} if config.autoencoder is None else {"frozen": config.autoencoder.name}
 
 
 def pretraining(config: LifecycleConfig) -> list[StageSpec]:
     """Each stage goes on from the one before."""
-    specs, init = latents(config), frozen(config)
+    specs, init = list[StageSpec](), opening(config)
     for stage in config.pretrain:
         specs.append(
             spec_of(stage.name, "flow_matching", seeded(stage, config.seed), data=training_set(config), **init)
@@ -138,24 +114,23 @@ def pretraining(config: LifecycleConfig) -> list[StageSpec]:
 
 def posttraining(config: LifecycleConfig) -> list[StageSpec]:
     """Supervised fine-tuning, then branches from it: preference pairs of its pictures and DPO, and the online methods."""
-    post, last, seed = config.posttrain, config.pretrain[-1].name, config.seed
-    specs, data = [], {"data": training_set(config)}
+    post, seed, specs, data = config.posttrain, config.seed, list[StageSpec](), {"data": training_set(config)}
     if post.sft is not None:
-        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), init=last, **data))
-        last = post.sft.name
-    start, pairs = {"init": last, **data}, post.pairs_name
+        specs.append(spec_of(post.sft.name, "flow_matching", seeded(post.sft, seed), init=config.trunk[-2], **data))
+    start, pairs = {"init": config.trunk[-1], **data}, post.pairs_name
     if post.needs_pairs and post.pairs_table is not None:
         specs.append(spec_of(pairs, "import_pairs", seeded(post.pairs_table, seed)))
     elif post.needs_pairs:
-        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), judge="judge", **start))
+        specs.append(spec_of(pairs, "make_pairs", seeded(post.pairs, seed), **judge(config), **start))
     if post.reward_model is not None:
         specs.append(
             spec_of(post.reward_model.name, "reward_model", seeded(post.reward_model, seed), pairs=pairs, **data)
         )
     for stage in post.online:
-        specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **rewards(stage, post)))
+        asked = rewards(stage, config)
+        specs.append(spec_of(stage.name, online_function(stage), seeded(stage, seed), **start, **asked))
     if post.dpo is not None:
-        guard = {} if post.dpo.guard is None else {"judge": "judge"}
+        guard = {} if post.dpo.guard is None else judge(config)
         specs.append(spec_of(post.dpo.name, "dpo", seeded(post.dpo, seed), pairs=pairs, **start, **guard))
     return specs
 
@@ -185,11 +160,12 @@ def online_function(stage: GrpoConfig | NftConfig | ReflConfig) -> str:
             assert_never(stage)
 
 
-def rewards(stage: GrpoConfig | NftConfig | ReflConfig, post: PosttrainConfig) -> dict[str, str]:
-    """Role -> stage of what rewards a branch: the judge always (its shape part watches), the reward model if it is asked."""
-    if post.reward_model is None or all(term.kind != "model" for term in stage.rewards):
-        return {"judge": "judge"}
-    return {"judge": "judge", "reward": post.reward_model.name}
+def rewards(stage: GrpoConfig | NftConfig | ReflConfig, config: LifecycleConfig) -> dict[str, str]:
+    """Role -> stage of what rewards a branch: the judge where there is one (its shape part watches), the reward model if asked."""
+    model = config.posttrain.reward_model
+    if model is None or all(term.kind != "model" for term in stage.rewards):
+        return judge(config)
+    return judge(config) | {"reward": model.name}
 
 
 def personalization(config: LifecycleConfig) -> list[StageSpec]:
@@ -250,7 +226,7 @@ def distillation(config: LifecycleConfig) -> list[StageSpec]:
     return specs
 
 
-def distances(config: LifecycleConfig, checkpoints: Sequence[str]) -> list[StageSpec]:
+def distances(config: LifecycleConfig, checkpoints: Iterable[str]) -> list[StageSpec]:
     """Pictures against held-out ones, where that is asked for."""
     if config.distribution is None:
         return []
@@ -261,25 +237,38 @@ def distances(config: LifecycleConfig, checkpoints: Sequence[str]) -> list[Stage
 def proof(config: LifecycleConfig) -> list[StageSpec]:
     """Scores of every checkpoint, the pipelines to give away, and the page."""
     checkpoints = {name: name for name in config.checkpoints}
-    exports = {"teacher": config.distill_from or config.chain[-1]}
-    exports |= student_exports(config)
-    exports |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
-    exports |= {f"lora-{mix.name}": mix.name for mix in config.mix}
-    shown = {name: name for name in (*(spec.name for spec in curation(config.data)), "judge", "export")}
-    shown |= {"pairs": config.posttrain.pairs_name} if config.posttrain.needs_pairs else {}
-    if "compare" in exports:
+    measured = [*distances(config, checkpoints), *scores(config, checkpoints)]
+    post, before = config.posttrain, (*curation(config.data), *judging(config), *measured)
+    shown = {"scores" if spec.name == "evaluate" else spec.name: spec.name for spec in before}
+    shown |= {"pairs": post.pairs_name} if post.needs_pairs else {}
+    if config.compare is not None and config.distill:
         shown["compare"] = "compare"
-    enhancer = config.posttrain.prompt_enhancer
-    if enhancer is not None and enhancer.check is not None:
-        shown |= {"prompts": enhancer.check.name}
-    measured = distances(config, config.checkpoints)
-    shown |= {spec.name: spec.name for spec in measured}
+    if post.prompt_enhancer is not None and post.prompt_enhancer.check is not None:
+        shown |= {"prompts": post.prompt_enhancer.check.name}
     return [
         *measured,
-        spec_of("evaluate", "evaluate", config.evaluate, judge="judge", data="encode", truth="source", **checkpoints),
-        spec_of("export", "export", config.export, **exports),
-        spec_of("report", "report", config.report, scores="evaluate", **shown, **checkpoints),
+        spec_of("export", "export", config.export, **exports(config)),
+        spec_of("report", "report", config.report, **shown, export="export", **checkpoints),
     ]
+
+
+def scores(config: LifecycleConfig, checkpoints: Mapping[str, str]) -> list[StageSpec]:
+    """What the judge says of the demo's scenes; without it pictures of captions of one's own, and scores of a prompt file."""
+    asked = config.evaluate
+    if config.by_scenes:
+        return [spec_of("evaluate", "evaluate", asked, judge="judge", data="encode", truth="source", **checkpoints)]
+    shown = PicturesConfig(prompts=asked.grid_prompts, seed=asked.seed)
+    drawn = [spec_of("pictures", "draw_pictures", shown, data="encode", **checkpoints)]
+    return drawn if asked.geneval is None else [*drawn, spec_of("evaluate", "measure_prompts", asked, **checkpoints)]
+
+
+def exports(config: LifecycleConfig) -> dict[str, str]:
+    """Folder -> stage: what was tuned of a foreign model; else the teacher, its students, adapters and their mixes."""
+    if config.model is not None:
+        return {name: name for name in (config.trunk[-1], *config.posttrain.branches)}
+    found = {"teacher": config.distill_from or config.chain[-1]} | student_exports(config)
+    found |= {f"lora-{stage.label}": stage.name for stage in config.personalize}
+    return found | {f"lora-{mix.name}": mix.name for mix in config.mix}
 
 
 def student_exports(config: LifecycleConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from data_curation.filter_config import RememberConfig
 from flows.config import LifecycleConfig
 from flows.dag import CANDIDATE, curation, seeded, training_set
+from flows.judged import judge_of
 from flows.prefect_call import PrefectCall, flow_run_id
 from flows.run import Record, Run
 from flows.shown import PrefectDisplay, show
@@ -144,10 +145,7 @@ def seen_of(config: LifecycleConfig) -> str:
 
 def begin(store: Store, config: LifecycleConfig) -> tuple[Move, Move]:
     """Where champion and watermark are; the first time, the newest finished lifecycle of this name sets them."""
-    if config.model is not None:
-        raise ConfigError(
-            "a night is judged by the demo's scenes, which a foreign model does not know; set model to null"
-        )
+    judge_of(config, "a night is")
     champion, seen = moves(store, champion_of(config.name)), moves(store, seen_of(config))
     if champion and seen:
         return champion[-1], seen[-1]

@@ -8,9 +8,11 @@ from pathlib import Path
 import yaml
 
 from data_curation.config import DataConfig
-from flows.config import LifecycleConfig
+from flows.config import LifecycleConfig, PosttrainConfig
 from infra.config import parse
 from infra.errors import ConfigError
+from models.posttraining.config import PairsConfig
+from tasks.config import ReportConfig
 
 PRESET = "lifecycle.yaml"
 
@@ -30,10 +32,12 @@ def new_preset(folder: str, out: Path | None) -> tuple[Path, str]:
     found = look(folder if remote else str(place.resolve()))
     name = re.sub(r"[^a-z0-9]+", "-", place.name.split(".")[0].lower()).strip("-") or "mine"
     data = parse(DataConfig, {"source": found.settings}, f"what was found in {folder}")
+    post = PosttrainConfig(pairs=PairsConfig(source="data"))
     target = out or Path(f"{name}.yaml")
     if place.is_dir() and target.resolve().is_relative_to(place.resolve()):
         raise ConfigError(f"{target} lies among the data; give another place with --out, or go to another folder")
-    return _write(LifecycleConfig(name=name, data=data), target), found.says
+    own = LifecycleConfig(name=name, data=data, judge=None, posttrain=post, report=ReportConfig(data_source="own"))
+    return _write(own, target), found.says
 
 
 def _write(config: LifecycleConfig, target: Path) -> Path:

@@ -28,7 +28,7 @@ def summarise(store: Store, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
         "report": None if report is None else str(report / "report.html"),
         "funnel": funnel(artifacts),
         "truth": next((a.facts["truth"] for a in reversed(list(artifacts.values())) if "truth" in a.facts), {}),
-        "scores": _scores(store, artifacts.get("evaluate")),
+        "scores": _scores(store, artifacts),
         "exports": {} if exports is None else {p.name: str(p) for p in sorted(exports.iterdir()) if p.is_dir()},
     }
 
@@ -39,13 +39,15 @@ def funnel(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     return {name: facts[-1].get(name) for name in ("received", "kept", "errored", "dropped")} if facts else {}
 
 
-def _scores(store: Store, artifact: Artifact | None) -> dict[str, Any]:
-    folder = _folder(store, artifact)
-    if folder is None or not (folder / "scores.json").exists():
-        return {}
-    scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
-    found: dict[str, Any] = scores.get("scores", scores)
-    return found
+def _scores(store: Store, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Stage -> metric -> value with interval; of the distances to held-out pictures where nothing else was asked."""
+    for name, file in (("evaluate", "scores.json"), ("distribution", "distribution.json")):
+        folder = _folder(store, artifacts.get(name))
+        if folder is not None and (folder / file).exists():
+            scores: dict[str, Any] = json.loads((folder / file).read_text())
+            found: dict[str, Any] = scores.get("scores", scores)
+            return found
+    return {}
 
 
 def _folder(store: Store, artifact: Artifact | None) -> Path | None:

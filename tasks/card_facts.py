@@ -97,6 +97,9 @@ def judged(store: Store, graph: Graph, artifact: Artifact, steps: int, own_steps
         if steps == own_steps:
             scores = _scores(record["scores"].get(role, {}))
             prompts, examples = _examples(store, evaluation, role)
+    drawn, role = _reader(graph, artifact, "draw_pictures")
+    if drawn is not None and examples is None and steps == own_steps:
+        prompts, examples = _examples(store, drawn, role)
     comparison, role = _reader(graph, artifact, "compare")
     if comparison is not None:
         record, label = json.loads(store.read(comparison, "comparison.json")), f"{role}@{steps}"

@@ -76,6 +76,7 @@ TRAITS: dict[str, Traits] = {
     "compare": Traits("scores", "tasks.config:CompareConfig", "tasks.compare:compare"),
     "evaluate": Traits("scores", "tasks.config:EvaluateConfig", "tasks.evaluate:evaluate", version=3),
     "measure_prompts": Traits("scores", "tasks.config:EvaluateConfig", "tasks.prompt_scores:measure_prompts"),
+    "draw_pictures": Traits("pictures", "tasks.config:PicturesConfig", "tasks.pictures:draw_pictures"),
     "export": Traits("pipelines", "tasks.config:ExportConfig", "tasks.export:export", version=5),
     "report": Traits("report", "tasks.config:ReportConfig", "tasks.report:report", version=3),
     "promote": Traits("pointer", "tasks.promote:PromoteConfig", "tasks.promote:promote"),

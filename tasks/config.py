@@ -23,6 +23,7 @@ __all__ = [
     "GateConfig",
     "JudgeConfig",
     "ModelConfig",
+    "PicturesConfig",
     "PromptSetConfig",
     "ReportConfig",
     "SubjectConfig",
@@ -107,6 +108,13 @@ class EvaluateConfig(Config):
         if self.detector.clip is None and path.exists() and any(p.asks_colour for p in read_prompts(path)):
             raise ValueError(f"{path} asks for colours; give the detector a clip that names them")
         return self
+
+
+class PicturesConfig(Config):
+    """Captions of the data that every checkpoint draws with the same noise, for the page."""
+
+    prompts: int = Field(default=12, ge=1, description="Captions; held-out ones first")
+    seed: int = Field(default=1234, ge=0, description="Chooses captions and noise")
 
 
 class DistributionConfig(Config):

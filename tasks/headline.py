@@ -13,11 +13,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from infra.artifacts import Artifact
+from tasks.report_parts import fitted
 
 CELL, GAP, TEXT_WIDTH, HEAD = 128, 8, 236, 58
 PAGE, INK, QUIET, RIGHT, WRONG = "#ffffff", "#1c1e22", "#5b5f66", "#166b2e", "#b3261e"
 ROWS = 6
 LONGEST_PROMPT = 70  # characters; longer ones do not fit beside the pictures
+JUDGED = "Held-out prompts, the same noise for every model. Line: green, whole = both judges agree with the prompt; red, broken = not."
 PRETRAINED, TUNED, PREFERRED = "pre-trained", "fine-tuned", "preference-tuned"
 
 
@@ -30,15 +32,15 @@ class Column:
     note: str
 
 
-def headline(scores: Path, parents: Mapping[str, Artifact], steps: Mapping[str, int], out: Path) -> bool:
-    """Draw it from the grid of an evaluation; `steps` are the steps of each checkpoint. False where there is no grid."""
-    if not (scores / "grid.json").exists():
+def headline(
+    folder: Path, scores: Mapping[str, Any], parents: Mapping[str, Artifact], steps: Mapping[str, int], out: Path
+) -> bool:
+    """Draw it from a folder with grid.json; `steps` are the steps of each checkpoint. False where there is no grid."""
+    if not (folder / "grid.json").exists():
         return False
-    grid = json.loads((scores / "grid.json").read_text())
-    accuracy = {
-        stage: _accuracy(own) for stage, own in json.loads((scores / "scores.json").read_text())["scores"].items()
-    }
-    columns = columns_of(grid["stages"], parents, steps, accuracy)
+    grid = json.loads((folder / "grid.json").read_text())
+    accuracy = {stage: _accuracy(own) for stage, own in scores.items()}
+    columns = columns_of(grid["stages"], parents, steps, accuracy, "drawn as asked" if "right" in grid else "as it is")
     own = _subjects(parents)  # only a personalised model knows them
     short = [
         i for i, p in enumerate(grid["prompts"]) if len(p) <= LONGEST_PROMPT and not any(name in p for name in own)
@@ -46,7 +48,7 @@ def headline(scores: Path, parents: Mapping[str, Artifact], steps: Mapping[str, 
     rows = [short[i] for i in np.unique(np.linspace(0, len(short) - 1, ROWS).round().astype(int))] if short else []
     if not columns or not rows:
         return False
-    _draw(scores, grid, columns, rows).save(out, "PNG", optimize=True)
+    _draw(folder, grid, columns, rows).save(out, "PNG", optimize=True)
     return True
 
 
@@ -60,13 +62,15 @@ def _accuracy(own: Mapping[str, Any]) -> float:
 
 
 def columns_of(
-    stages: Sequence[str], parents: Mapping[str, Artifact], steps: Mapping[str, int], accuracy: Mapping[str, float]
-) -> list[Column]:
+    stages: Sequence[str], parents: Mapping[str, Artifact], steps: Mapping[str, int], accuracy: Mapping[str, float],
+    real: str = "drawn as asked",
+) -> list[Column]:  # fmt: skip
     """Data, first pre-training, supervised fine-tuning, preferences, then the most accurate student of each step count."""
     made = {stage: parents[stage].facts.get("function", "") for stage in stages if stage in parents}
     flow = [stage for stage in made if made[stage] == "flow_matching"]
     tuned = [stage for stage in made if made[stage] in ("dpo", "grpo", "nft", "refl")]
-    columns = [Column("real", "data", "drawn as asked")] if "real" in stages else []
+    columns = [Column("real", "data", real)] if "real" in stages else []
+    columns += [Column("model", "foreign model", "as it came")] if made.get("model") == "import_model" else []
     columns += [Column(flow[0], PRETRAINED, flow[0])] if flow else []
     columns += [Column(flow[-1], TUNED, flow[-1])] if len(flow) > 1 else []
     columns += [Column(tuned[-1], PREFERRED, tuned[-1])] if tuned else []
@@ -80,7 +84,7 @@ def columns_of(
     return columns
 
 
-def _draw(scores: Path, grid: Mapping[str, Any], columns: Sequence[Column], rows: Sequence[int]) -> Image.Image:
+def _draw(folder: Path, grid: Mapping[str, Any], columns: Sequence[Column], rows: Sequence[int]) -> Image.Image:
     pitch = CELL + GAP
     size = (TEXT_WIDTH + len(columns) * pitch + GAP, HEAD + len(rows) * pitch + 34)
     page = Image.new("RGB", size, PAGE)
@@ -95,11 +99,12 @@ def _draw(scores: Path, grid: Mapping[str, Any], columns: Sequence[Column], rows
         pen.multiline_text((GAP, top + CELL // 2), "\n".join(words), INK, large, anchor="lm", spacing=5)
         for x, column in enumerate(columns):
             left = TEXT_WIDTH + x * pitch
-            path = scores / "samples" / column.stage / f"{row}-{grid['seeds'][row]}.png"
+            path = folder / "samples" / column.stage / f"{row}-{grid['seeds'][row]}.png"
             with Image.open(path) as opened:
-                page.paste(opened.convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
-            _mark(pen, left, top + CELL, grid["right"][column.stage][row])
-    text = "Held-out prompts, the same noise for every model. Line: green, whole = both judges agree with the prompt; red, broken = not."
+                page.paste(fitted(opened, CELL), (left, top))
+            if "right" in grid:
+                _mark(pen, left, top + CELL, grid["right"][column.stage][row])
+    text = JUDGED if "right" in grid else "Captions of the data, the same noise for every model."
     pen.text((GAP, size[1] - 26), text, QUIET, small)
     return page
 

@@ -35,7 +35,7 @@ LARGEST_GRID = 400_000  # bytes of a training grid that is still shown
 
 def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
     """Write report.html, summary.json, headline.png and curves.svg from the scores and the artifacts of every stage."""
-    scores = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
+    scores = read_scores(ctx)
     trained = [role for role, folder in ctx.inputs.items() if (folder / "sampling.json").exists()]
     stages = [stage for stage in trained if stage in scores["scores"]]
     stages += [stage for stage in scores["scores"] if stage not in stages]
@@ -52,24 +52,39 @@ def report(config: ReportConfig, ctx: StageContext) -> dict[str, Any]:
         "scores": scores["scores"], "real": scores.get("real", {}), "parents": scores.get("parents", {}),
         "gates": scores.get("gates", []), "funnel": funnel, "truth": truth,
     }  # fmt: skip
+    if "distribution" in ctx.inputs:
+        summary["distribution"] = json.loads((ctx.inputs["distribution"] / "distribution.json").read_text())["scores"]
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     steps = {role: json.loads((ctx.inputs[role] / "sampling.json").read_text()).get("steps", 0) for role in trained}
-    headline(ctx.inputs["scores"], ctx.parents, steps, ctx.out / "headline.png")
+    headline(grid_folder(ctx), scores["scores"], ctx.parents, steps, ctx.out / "headline.png")
     if lines := curves(ctx, trained):
         (ctx.out / "curves.svg").write_text(curves_picture(lines))
     return {"megabytes": round(size, 2), "checkpoints": len(trained), "truth": truth}
+
+
+def read_scores(ctx: StageContext) -> dict[str, Any]:
+    """What `evaluate` or `measure_prompts` wrote; no scores where neither was asked."""
+    if "scores" not in ctx.inputs:
+        return {"scores": {}}
+    found: dict[str, Any] = json.loads((ctx.inputs["scores"] / "scores.json").read_text())
+    return found
+
+
+def grid_folder(ctx: StageContext) -> Path:
+    """Where the pictures of fixed prompts are: with the judge's scores, else a stage of their own."""
+    return ctx.inputs["pictures"] if "pictures" in ctx.inputs else ctx.inputs["scores"]
 
 
 def render(
     config: ReportConfig, ctx: StageContext, scores: dict[str, Any], stages: list[str], trained: list[str], truth: Any
 ) -> str:
     """The page as text; every value goes through autoescape."""
-    grid_stages, grid = grid_rows(ctx.inputs["scores"], config.grid_columns)
-    columns, table = score_rows(scores, stages)
+    grid_stages, grid = grid_rows(grid_folder(ctx), config.grid_columns)
+    columns, table = score_rows(scores, stages) if scores["scores"] else ([], [])
     layouts, by_layout = layout_rows(scores, stages)
     lineage = lineage_rows(ctx.parents)
     text: str = template("report.html").render(
-        config=config, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
+        config=config, judged="judge" in ctx.inputs, grid_stages=grid_stages, grid=grid, columns=columns, table=table, layouts=layouts,
         by_layout=by_layout, comparison=comparison_rows(ctx), guards=guard_rows(ctx, trained), prompts=prompt_rows(ctx),
         distribution=distribution_table(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
@@ -137,6 +152,7 @@ def exports_of(ctx: StageContext) -> list[str]:
 
 
 def provenance(ctx: StageContext) -> dict[str, Any]:
-    """Machine and Python of the scores."""
-    found: dict[str, Any] = ctx.parents["scores"].facts.get("provenance", {}) if "scores" in ctx.parents else {}
+    """Machine and Python of the scores, or of the pictures where there are none."""
+    asked = next((ctx.parents[role] for role in ("scores", "pictures") if role in ctx.parents), None)
+    found: dict[str, Any] = {} if asked is None else asked.facts.get("provenance", {})
     return found

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 WIDTH, HEIGHT = 320, 120
 
@@ -65,3 +65,16 @@ def thumbnail(stored: bytes, side: int) -> str:
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return data_uri(out.getvalue())
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The picture inside a white square; small ones are enlarged by whole pixels, so that nothing is smoothed over."""
+    way = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), (side, side), way, color="white")
+
+
+def shown(stored: bytes, side: int) -> str:
+    """A PNG file as it is where it is small, else as a thumbnail, so that large models leave room on the page."""
+    with Image.open(io.BytesIO(stored)) as opened:
+        large = max(opened.size) > side
+    return thumbnail(stored, side) if large else data_uri(stored)

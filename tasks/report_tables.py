@@ -12,7 +12,7 @@ from typing import Any
 from data_curation.config import CURATION
 from infra.artifacts import Artifact
 from infra.stages import StageContext
-from tasks.report_parts import data_uri
+from tasks.report_parts import data_uri, shown
 
 COLUMNS = {
     "prompt_accuracy": "prompt accuracy, strict",
@@ -32,6 +32,7 @@ COLUMNS = {
 }
 BY_OTHERS = ("geneval", "hub_")  # scores by models of transformers, shown where they were asked
 LESS_IS_BETTER = ("kernel_distance", "class_drift")
+LARGEST_CELL = 160  # px; twice what the page shows of a picture
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "prefect", "ray", "numpy", "pyarrow", "pillow", "pydantic")
 
 
@@ -70,7 +71,7 @@ def score_rows(scores: Mapping[str, Any], stages: Sequence[str]) -> tuple[list[t
     columns = [(metric, label) for metric, label in COLUMNS.items() if metric in present]
     columns += [(metric, metric.replace("_", " ")) for metric in sorted(present) if metric.startswith(BY_OTHERS)]
     rows = []
-    for stage in ("real pictures", *stages):
+    for stage in (*(("real pictures",) if "real" in scores else ()), *stages):
         values = per_stage.get(stage, {})
         deltas = scores.get("deltas", {}).get(stage, {})
         floor = values.get("kernel_distance_floor")
@@ -99,7 +100,7 @@ def layout_rows(scores: Mapping[str, Any], stages: Sequence[str]) -> tuple[list[
 
 
 def grid_rows(folder: Path, columns: tuple[str, ...] | None) -> tuple[list[str], list[dict[str, Any]]]:
-    """The headline grid: stages as columns, prompts as rows; every cell a picture and whether the judge calls it right."""
+    """The headline grid: stages as columns, prompts as rows; every cell a picture and, of a judge, whether it calls it right."""
     path = folder / "grid.json"
     if not path.exists():
         return [], []
@@ -108,14 +109,16 @@ def grid_rows(folder: Path, columns: tuple[str, ...] | None) -> tuple[list[str],
     if columns is not None:
         stages.sort(key=columns.index)
     stages += [stage for stage in grid["stages"] if stage == "real"]
-    rows = []
+    held_out, rows = grid.get("held_out"), []
     for i, (prompt, seed) in enumerate(zip(grid["prompts"], grid["seeds"], strict=True)):
         cells = [
-            {"stage": stage, "right": grid["right"][stage][i],
-             "uri": data_uri((folder / "samples" / stage / f"{i}-{seed}.png").read_bytes())}
+            {"stage": stage, "right": grid["right"][stage][i] if "right" in grid else None,
+             "uri": shown((folder / "samples" / stage / f"{i}-{seed}.png").read_bytes(), LARGEST_CELL)}
             for stage in stages
         ]  # fmt: skip
-        rows.append({"prompt": prompt, "seed": seed, "cells": cells})
+        rows.append(
+            {"prompt": prompt, "seed": seed, "cells": cells, "trained": held_out is not None and not held_out[i]}
+        )
     return stages, rows
 
 
@@ -231,6 +234,6 @@ def distribution_table(ctx: StageContext) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = json.loads((folder / "distribution.json").read_text())
     columns = list(dict.fromkeys(name for scores in record["scores"].values() for name in scores))
-    stages = sorted(record["scores"], key=lambda stage: stage != "real")
+    stages = [stage for stage in ("real", *ctx.inputs) if stage in record["scores"]]
     nearest = {path.stem.removeprefix("nearest-"): data_uri(path.read_bytes()) for path in sorted(folder.glob("*.png"))}
     return record | {"columns": columns, "stages": stages, "nearest": nearest}

@@ -38,9 +38,14 @@ def test_arms_in_latents_are_built_around_the_vae_and_read_its_training_set() ->
     assert arm(LifecycleConfig(), "with", {}, 0, 1.0)[0].inputs == {"data": "encode"}
 
 
-def test_a_foreign_model_has_no_judge_for_arms_and_nights(tmp_path) -> None:
+def test_own_data_and_foreign_models_have_no_judge_for_arms_and_nights(tmp_path) -> None:
     config = LifecycleConfig(model=ModelConfig(source=str(tmp_path)), posttrain=PosttrainConfig(dpo=None))
     with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):
         ablate(config, "repa", 2, 1.0, tmp_path, LogDisplay())
     with pytest.raises(ConfigError, match="foreign model does not know; set model to null"):
         begin(open_store(tmp_path / "root"), config)
+    own = LifecycleConfig(judge=None, posttrain=PosttrainConfig(dpo=None))
+    with pytest.raises(ConfigError, match="arms are judged by the demo's scenes, and judge is null"):
+        ablate(own, "repa", 2, 1.0, tmp_path, LogDisplay())
+    with pytest.raises(ConfigError, match="a night is judged by the demo's scenes, and judge is null"):
+        begin(open_store(tmp_path / "root"), own)

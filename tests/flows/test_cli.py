@@ -115,7 +115,9 @@ def test_init_says_what_the_data_are_and_reads_them(tmp_path):
     (data / "list.csv").write_text("URL,TEXT\nhttp://a.org/x.png,a\n")
     done = t2i("init", data, "--out", tmp_path / "y.yaml")
     assert "a URL list, URLs in 'URL', captions in 'TEXT'" in done.stdout
-    source = parse(LifecycleConfig, yaml.safe_load((tmp_path / "y.yaml").read_text()), "it").data.source
+    config = parse(LifecycleConfig, yaml.safe_load((tmp_path / "y.yaml").read_text()), "it")
+    source = config.data.source
+    assert config.judge is None  # it knows the demo's scenes
     assert (source.kind, source.url_column, source.caption_column) == ("list", "URL", "TEXT")
     assert t2i("init", data, "--out", data / "z.yaml").returncode == 2
 

@@ -78,7 +78,18 @@ def test_the_preset_is_a_plan(tmp_path, pictures) -> None:
     (tmp_path / "model").mkdir()
     rows = command("plan", tmp_path / "model", pictures, tmp_path / "runs")
     names = [row["stage"] for row in rows]
-    assert names[6:] == ["model", "features", "sft", "pairs", "reward-model", "grpo", "dpo", "export"]
+    assert names[6:] == [
+        "model",
+        "features",
+        "sft",
+        "pairs",
+        "reward-model",
+        "grpo",
+        "dpo",
+        "pictures",
+        "export",
+        "report",
+    ]
 
 
 @pytest.fixture
@@ -105,12 +116,14 @@ def test_a_foreign_pipeline_is_tuned_and_judged_by_models_of_the_hub(sd3_folder,
     record = command("run", sd3_folder, pictures, tmp_path / "runs", **judged)
     assert record["outcome"] == "ok"
     stages = [stage["name"] for stage in record["stages"]]
-    assert stages[6:] == ["model", "features", "pairs", "grpo", "dpo", "evaluate", "export"]
+    assert stages[6:] == ["model", "features", "pairs", "grpo", "dpo", "pictures", "evaluate", "export", "report"]
     (place,) = (tmp_path / "runs" / "evaluate").glob("*/scores.json")
     scores = json.loads(place.read_text())
     assert scores["scores"].keys() == {"model", "grpo", "dpo"}
     assert scores["parents"] == {"grpo": "model", "dpo": "model"}
     assert {"geneval", "hub_pickscore_geneval"} <= scores["deltas"]["grpo"].keys()
+    page = Path(record["report"]).read_text()
+    assert "geneval" in page and "pictures of model" not in page and "Prompt accuracy by layout" not in page
     again = command("run", sd3_folder, pictures, tmp_path / "runs", **judged)
     assert {stage["status"] for stage in again["stages"]} == {"reused"}
 

@@ -5,6 +5,7 @@ import pytest
 
 from flows.config import LifecycleConfig, PosttrainConfig
 from flows.dag import stage_specs
+from flows.judged import asking
 from infra.config import load_yaml, parse
 from infra.errors import ConfigError
 
@@ -70,6 +71,48 @@ def test_a_guard_looks_where_the_log_ends() -> None:
     ],
 )
 def test_a_foreign_model_is_not_judged_by_the_demo_s_scenes(change: str, advice: str) -> None:
-    assert lifecycle("posttrain-hub.yaml").posttrain.judged == []
+    assert asking(lifecycle("posttrain-hub.yaml")) == []
     with pytest.raises(ConfigError, match=re.escape(advice)):
         lifecycle("posttrain-hub.yaml", change)
+    with pytest.raises(ConfigError, match=f"judge is null; change .*{re.escape(advice)}"):
+        lifecycle("own-pictures.yaml", *(["posttrain.grpo={}"] if "grpo" in change else []), change)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ("compare={}", "compare to null"),
+        ("evaluate.subjects=[{}]", "evaluate.subjects to []"),
+        ("evaluate.gates=[{stage: sft, metric: prompt_accuracy, minimum: 0.5}]", "evaluate.gates to nothing"),
+        ("evaluate.rewards=[{model: a/b}]", "evaluate.rewards to nothing"),
+        ("sweep=[{name: s, stage: dreambooth-robot}]", "sweep to []"),
+    ],
+)
+def test_without_a_judge_whatever_asks_it_is_refused_with_advice(change: str, advice: str) -> None:
+    assert asking(lifecycle("own-pictures.yaml")) == []
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        lifecycle("own-pictures.yaml", "personalize=[{}]", change)
+
+
+def test_own_pictures_are_learnt_from_first_to_last_without_a_judge() -> None:
+    more = ("personalize=[{}]", "posttrain.grpo={rewards: [{kind: sharpness}], guard: null}", "posttrain.hands_on=dpo")
+    config = lifecycle("own-pictures.yaml", *more)
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    assert "judge" not in {role for spec in specs.values() for role in (spec.name, *spec.inputs)}
+    trained = ("pretrain-32", "continue", "sft", "grpo", "dpo", "dreambooth-robot", "distill-4", "distill-1")
+    for name in ("pictures", "distribution"):
+        assert tuple(specs[name].inputs) == ("data", *trained)
+    assert specs["export"].inputs == {
+        "teacher": "dpo", "student-4": "distill-4", "student-1": "distill-1", "lora-robot": "dreambooth-robot",
+    }  # fmt: skip
+    assert {*trained, "pictures", "distribution", "pairs", "encode", "export"} <= set(specs["report"].inputs)
+    assert "scores" not in specs["report"].inputs
+
+
+def test_a_foreign_model_that_is_not_tuned_is_drawn_measured_and_given_away() -> None:
+    nothing = ("posttrain.sft=null", "posttrain.dpo=null", "posttrain.grpo=null", "posttrain.reward_model=null")
+    config = lifecycle("posttrain-hub.yaml", *nothing, "distribution={}")
+    specs = {spec.name: spec for spec in stage_specs(config)}
+    assert config.chain == config.checkpoints == ("model",)
+    assert specs["export"].inputs == {"model": "model"}
+    assert specs["distribution"].inputs == specs["pictures"].inputs == {"data": "encode", "model": "model"}

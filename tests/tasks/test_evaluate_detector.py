@@ -224,7 +224,7 @@ def test_a_plan_refuses_what_cannot_be_asked(config, tmp_path, clip_folder, mask
         "pretrain": [],
         "posttrain": {"sft": None, "dpo": None},
     }
-    assert [spec.function for spec in plan(colourless, **foreign)][-2:] == ["measure_prompts", "export"]
+    assert [spec.function for spec in plan(colourless, **foreign)][-3:] == ["measure_prompts", "export", "report"]
     assert len(read_prompts(tmp_path / "plain.jsonl")) == 1
     ranked = foreign | {"posttrain": {"sft": None, "pairs": {"hub": clip}}}
     assert "make_pairs" in [spec.function for spec in plan({}, **ranked)]

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import re
@@ -158,6 +159,50 @@ def test_summary_has_scores_funnel_and_truth(context: StageContext) -> None:
     assert summary["truth"]["defects_caught"] == 2
 
 
+def test_without_a_judge_the_page_has_pictures_and_distances_but_no_scores(
+    context: StageContext, tmp_path: Path
+) -> None:
+    folder, distances = tmp_path / "pictures", tmp_path / "distribution"
+    grid = {"prompts": ["a cat", "a dog"], "seeds": [5, 6], "stages": ["pretrain", "real"], "held_out": [True, False]}
+    for stage, image in (
+        ("pretrain", Image.new("RGB", (400, 400), "red")),
+        ("real", Image.new("RGB", (40, 20), "blue")),
+    ):
+        (folder / "samples" / stage).mkdir(parents=True)
+        for i, seed in enumerate(grid["seeds"]):
+            image.save(folder / "samples" / stage / f"{i}-{seed}.png")
+    (folder / "grid.json").write_text(json.dumps(grid))
+    distances.mkdir()
+    measured = {"embedding": {"model": "efficientnet", "features": 40}, "resolution": 32, "pictures": 40, "training": 9,
+                "scores": {"pretrain": {"kernel_distance": SCORE}, "real": {"kernel_distance": SCORE}}}  # fmt: skip
+    (distances / "distribution.json").write_text(json.dumps(measured))
+    (distances / "nearest-pretrain.png").write_bytes(png(3))
+    inputs = {role: path for role, path in context.inputs.items() if role != "scores"}
+    made = Artifact(kind="checkpoint", uri="x", digest="p", stage="pretrain", facts={"function": "flow_matching"})
+    parents = {role: artifact for role, artifact in context.parents.items() if role != "scores"} | {"pretrain": made}
+    own = replace(context, inputs=inputs | {"pictures": folder, "distribution": distances}, parents=parents)
+    assert report(ReportConfig(data_source="own"), own)["checkpoints"] == 1
+    page = (context.out / "report.html").read_text()
+    for part in ("40 features of efficientnet", 'href="#distribution"', "<td>a dog<small>trained on</small>", "<td>a cat</td>",
+                 'class="mark"', "loss 1 → 0.125", "near_duplicate"):  # fmt: skip
+        assert part in page, part
+    for part in ('id="scores"', '#scores"', "judge calls", "right)", "mark yes", "mark no"):
+        assert part not in page, part
+    shown = [Image.open(io.BytesIO(base64.b64decode(found))).size for found in re.findall(r'png;base64,([^"]*)"', page)]
+    assert (160, 160) in shown and (40, 20) in shown and (400, 400) not in shown
+    summary = json.loads((context.out / "summary.json").read_text())
+    assert summary["scores"] == {} and summary["distribution"]["pretrain"]["kernel_distance"] == SCORE
+    with Image.open(context.out / "headline.png") as picture:
+        drawn = np.asarray(picture.convert("RGB"))
+    for colour, there in (
+        ((255, 0, 0), True),
+        ((0, 0, 255), True),
+        ((0x16, 0x6B, 0x2E), False),
+        ((0xB3, 0x26, 0x1E), False),
+    ):
+        assert (drawn == colour).all(2).any() == there, colour
+
+
 def test_own_data_gets_no_credit_line_and_too_large_a_page_is_refused(context: StageContext) -> None:
     report(ReportConfig(data_source="own"), context)
     assert "OpenMoji" not in (context.out / "report.html").read_text()
@@ -182,7 +227,8 @@ def test_headline_has_a_column_per_kind_of_stage_and_a_row_per_prompt(context: S
     for colour in ((200, 200, 200), (0x16, 0x6B, 0x2E), (0xB3, 0x26, 0x1E)):  # the pictures, right, not right
         assert (drawn == colour).all(2).any(), colour
     subject = scores.model_copy(update={"facts": {"config": {"subjects": [{"phrase": EVIL}]}}})
-    assert not headline(context.inputs["scores"], {"pretrain": made, "scores": subject}, {}, tmp_path / "none.png")
+    folder = context.inputs["scores"]
+    assert not headline(folder, {}, {"pretrain": made, "scores": subject}, {}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
