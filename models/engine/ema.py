@@ -60,6 +60,14 @@ def synthesis(snapshots: Sequence[tuple[float, float]], gamma: float, at: float)
     return np.asarray(np.linalg.lstsq(_product(powers, ends, powers, ends), target, rcond=None)[0], np.float64)
 
 
+def misfit(snapshots: Sequence[tuple[float, float]], gamma: float, at: float) -> float:
+    """Distance of the profile that `synthesis` makes from the one asked for, over the latter's norm."""
+    powers, ends = np.array([g - 1 for g, _ in snapshots]), np.array([t for _, t in snapshots])
+    wanted, end = np.array([gamma - 1]), np.array([at])
+    reached = float(synthesis(snapshots, gamma, at) @ _product(powers, ends, wanted, end)[:, 0])
+    return float(np.sqrt(max(0.0, 1 - reached / float(_product(wanted, end, wanted, end)[0, 0]))))
+
+
 def _product(g: NDArray[np.float64], t: NDArray[np.float64], h: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:  # fmt: skip
     """Inner products [len(g), len(h)] of the profiles."""
     g, t, h, u = g[:, None], t[:, None], h[None], u[None]
