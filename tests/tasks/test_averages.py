@@ -58,7 +58,7 @@ def test_it_is_the_average_that_was_not_kept(trained, tmp_path) -> None:
 
 
 def test_what_cannot_be_made_is_refused(trained, tmp_path) -> None:
-    wanted, stored = trained
+    _, stored = trained
     with pytest.raises(ConfigError, match="step 25 lies outside the snapshots of snapshots-out, which end at step 24"):
         other_average(stored, tmp_path / "a", 10.0, at=25)
     with pytest.raises(ConfigError, match=r"gamma 90 at step 21 misses its profile by \d+% with 12 snapshots"):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import nn
 
 from models.engine.config import OptimizerConfig, TrainConfig
@@ -72,6 +72,19 @@ def test_ddpm_is_the_flow_at_another_scale() -> None:
     torch.testing.assert_close(eps_weight, snr.clamp_max(5) / snr, atol=1e-5, rtol=1e-4)
     v_weight = weight(t, ObjectiveConfig(kind="ddpm_v", weight="min_snr"))
     torch.testing.assert_close(v_weight, snr.clamp_max(5) / (snr + 1), atol=1e-5, rtol=1e-4)
+
+
+def test_noised_and_the_weights_of_sd3_are_diffusers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x_0, eps = torch.randn(2, 6, 3, 4, 4, generator=generator)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    steps = scheduler.timesteps[[0, 5, 300, 700, 940, 949]]  # t from 1 down to .051
+    t = steps / 1000
+    assert torch.equal(noised(x_0, eps, t), scheduler.scale_noise(x_0, steps, eps))
+    for name in ("sigma_sqrt", "cosmap"):
+        want = compute_loss_weighting_for_sd3(name, t)
+        torch.testing.assert_close(weight(t, ObjectiveConfig(weight=name)), want, atol=0, rtol=1e-6)
+    assert float(weight(torch.zeros(1), ObjectiveConfig(weight="sigma_sqrt"))) == pytest.approx(400)  # theirs: infinite
 
 
 def test_edm_is_the_papers_table() -> None:
@@ -173,6 +186,5 @@ def test_every_kind_trains_and_its_predictor_draws_the_data(kind, tmp_path) -> N
     noise = torch.randn(2000, 1, 1, 1, generator=torch.Generator().manual_seed(1))
     nothing = torch.zeros(2000, 1, 4), torch.ones(2000, 1, dtype=torch.bool)
     drawn = integrate(Predictor(denoiser, config), noise, grid(40), *nothing, (nothing[0][:1], nothing[1][:1]), 1.0)
-    print("DRAWN", kind, float(drawn.mean()), float(drawn.std()), trained.rows)
     assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.08)
     assert float(drawn.std()) == pytest.approx(STD, abs=0.08)
