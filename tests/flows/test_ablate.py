@@ -58,7 +58,7 @@ def test_the_teacher_is_paid_for_once_a_picture_by_the_arm_that_reads_its_featur
     high = FlowMatchingConfig(name="high", select={"resolutions": [32, 40]}, repa=None)
 
     def paid(*stages: FlowMatchingConfig, switch: str = "repa", side: int = 0) -> float:
-        config = LifecycleConfig(pretrain=stages)
+        config = LifecycleConfig(pretrain=stages, data={"encode": {"teacher_resolutions": (32, 40)}})
         chain = arm(config, "with", SWITCHES[switch][side], 0, 1.0)
         return teacher_seconds(chain, BUCKETS, lambda width, height: width * height)
 

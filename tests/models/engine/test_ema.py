@@ -44,8 +44,9 @@ def test_an_average_chosen_afterwards_is_the_one_tracked_all_along() -> None:
     assert synthesis(places, SNAPSHOT_GAMMAS[0], 1000.0)[-2] == pytest.approx(1, abs=1e-6)
     assert misfit(places, SNAPSHOT_GAMMAS[0], 1000.0) < 1e-3
     assert misfit(places, 10.0, 1000.0) < 0.02
+    assert synthesis(places, 10.0, 1000.0).sum() == pytest.approx(1, abs=1e-12)  # weights that never move stay
     far = np.linspace(0, 500, 200_001)[1:] / 500  # against the integral: one snapshot of another power at the same step
     have, want = far**6.94, far**2.0
-    best = (have @ want) / (have @ have)
-    by_hand = math.sqrt(((best * have - want) ** 2).sum() / (want**2).sum())
+    have, want = have / have.sum(), want / want.sum()
+    by_hand = math.sqrt(((have - want) ** 2).sum() / (want**2).sum())
     assert misfit([(7.94, 500.0)], 3.0, 500.0) == pytest.approx(by_hand, rel=1e-3)

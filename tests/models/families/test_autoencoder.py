@@ -100,19 +100,19 @@ def test_a_dc_autoencoder_has_exact_latents_and_comes_back_from_its_folder(tmp_p
     torch.manual_seed(0)
     levels = {"encoder": (8, 16), "decoder": (8, 16)}
     network = AutoencoderDC(
-        latent_channels=5, attention_head_dim=4, scaling_factor=0.4,
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.4,
         **{f"{side}_block_types": "ResBlock" for side in levels}, **{f"{side}_qkv_multiscales": ((), ()) for side in levels},
         **{f"{side}_block_out_channels": widths for side, widths in levels.items()},
         **{f"{side}_layers_per_block": (1, 1) for side in levels},
     )  # fmt: skip
     network.save_pretrained(tmp_path)
     codec, pictures = load_vae(tmp_path), batches(0).images
-    assert (codec.factor, codec.channels, codec.scaling.scale, codec.scaling.shift) == (2, 5, 0.4, 0.0)
+    assert (codec.factor, codec.channels, codec.scaling.scale, codec.scaling.shift) == (2, 4, 0.4, 0.0)
     with torch.no_grad():
         z = network.eval().encode(pictures).latent
         back = network.decode(z).sample
-    assert z.shape == (4, 5, 4, 4)
+    assert z.shape == (4, 4, 4, 4)
     torch.testing.assert_close(codec.x_0(pictures), 0.4 * z)
-    noise = Randomness(1, 0, (0, 1, 2, 3)).normal("z", (5, 4, 4))
+    noise = Randomness(1, 0, (0, 1, 2, 3)).normal("z", (4, 4, 4))
     torch.testing.assert_close(drawn(codec.moments(pictures), noise, codec.scaling), 0.4 * z, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(codec.pictures(codec.x_0(pictures)), back, atol=1e-5, rtol=1e-4)
