@@ -41,7 +41,7 @@ def run(batches: Callable[[int], Batch], folder: Path, compiled: bool, cut: int 
     return train(FlowMatching(denoiser, TimestepConfig(base_tokens=4)), batch, config, folder)
 
 
-@pytest.mark.slow
+@pytest.mark.lifecycle
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_train_as_plain_ones_and_resume_to_the_bit(batches, tmp_path: Path) -> None:
     plain = run(batches, tmp_path / "plain", False)
