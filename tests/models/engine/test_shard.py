@@ -22,8 +22,8 @@ from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Projector, Repa
 
 STEPS, SAMPLES = 4, 6
-COPIES = 5e-6  # of AdamW in float32: the order of the sums alone
-TURNS = 2e-4  # where gradients are all but zero at first AdamW makes steps of their rounding; a step is 1e-3
+COPIES = 2e-5  # of AdamW in float32: the order of the sums alone
+TURNS = 5e-4  # where gradients are all but zero at first AdamW makes steps of their rounding; a step is 1e-3
 Run = Callable[[Path, dict], Trainer]
 
 
