@@ -6,6 +6,7 @@ as the least-squares combination of the stored ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -66,7 +67,8 @@ def misfit(snapshots: Sequence[tuple[float, float]], gamma: float, at: float) ->
     """Distance of the profile that `synthesis` makes from the one asked for, over the latter's norm."""
     gram, target, norm = _products(snapshots, gamma, at)
     weights = synthesis(snapshots, gamma, at)
-    return float(np.sqrt(max(0.0, (weights @ gram @ weights - 2 * weights @ target + norm) / norm)))
+    missed = float(weights @ gram @ weights) - 2 * float(weights @ target) + norm
+    return math.sqrt(max(0.0, missed / norm))
 
 
 def _products(
