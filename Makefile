@@ -32,7 +32,7 @@ test: check
 	$(BIN)/pytest
 
 test-lifecycle: $(STAMP)
-	$(BIN)/pytest -m lifecycle tests/flows
+	$(BIN)/pytest -m lifecycle
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)

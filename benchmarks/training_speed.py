@@ -1,9 +1,11 @@
 """The training loop against a plain one as diffusers' examples write it, and against its own limit.
 
-value: samples per second of our loop (sampler, noise, flow matching, AdamW, average);
+value: samples per second of our loop, `train()` itself (sampler, noise, flow matching, AdamW, average, meter, rows of the log);
 peer: the plain loop on the same network and the same precomputed arrays: DataLoader, text padded to the prompt's length,
 EMAModel. Figures in `detail`: the share of a measured matmul peak of a large block, waiting for data, checkpoints at the
-demo's pace, and what the loop adds to bare forward, backward and step. Steps of all loops are taken in turn.
+demo's pace, and what `train()` adds to bare forward, backward and step, checkpoints apart. Steps of all loops are taken in
+turn: `train()` runs in a thread of its own that stands still between its steps. What it does once, as counting the
+arithmetic of a new shape, falls out of the medians; a row of the log counts with its share of the steps.
 
 On a CPU: the demo's network on one thread, ours in `precision: bf16` where the CPU multiplies faster in it, the plain loop in float32, the
 examples' default; ours in float32 and the plain loop in torch's bfloat16 autocast are told beside it. On a GPU: a larger network, both
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,13 +29,12 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.in_turn import Turns
 from benchmarks.record import record
 from data_curation.encode import CAPTIONS_SCHEMA, INDEX_SCHEMA
 from data_curation.manifest import write_table
 from models.device import compute_device
-from models.engine.batches import loaded
 from models.engine.config import OptimizerConfig, TrainConfig
-from models.engine.loop import Trainer
 from models.engine.meter import matmul_peak, settle
 from models.engine.objective import Batch
 from models.engine.optim import PlayerOptimizer
@@ -57,7 +58,10 @@ NETWORK = PrxConfig(hidden_size=1024, depth=12, num_heads=16, patch_size=2) if G
 LARGE = PrxConfig(hidden_size=2048 if GPU else 1024, depth=1, num_heads=16, patch_size=2)
 LARGE_BATCH = 64 if GPU else 4
 FAST_HALF = 1.5  # products in bfloat16 are that much faster than in float32, or are not used
-SETTINGS = TrainConfig(steps=10_000, batch_size=BATCH, optimizer=OPTIMIZER, compile=GPU, loader_threads=2 if GPU else 0)
+SETTINGS = TrainConfig(
+    steps=10_000, batch_size=BATCH, optimizer=OPTIMIZER, compile=GPU, loader_threads=2 if GPU else 0,
+    checkpoint_every=10_000,
+)  # fmt: skip
 WARM_UP = 20 if GPU else 5  # rounds that compile and wake up
 BARS = {"samples_ratio": 1.3, "mfu": 0.55, "data_wait": 0.02, "checkpoint_stall": 0.02, "loop_overhead": 0.03}
 
@@ -85,6 +89,11 @@ def write_set(folder: Path) -> None:
 def network(config: PrxConfig = NETWORK) -> Denoiser:
     """A network from random weights."""
     return prx.build(config, torch.zeros(384), torch.ones(384), seed=0).to(DEVICE)
+
+
+def objective() -> FlowMatching:
+    """Flow matching of a network from random weights."""
+    return FlowMatching(network(), TimestepConfig())
 
 
 def settings() -> TrainConfig:
@@ -128,17 +137,17 @@ def plain_loop(data: TrainingData, half: bool) -> Callable[[], None]:
 
 def bare(batches: Callable[[int], Batch], config: TrainConfig) -> Callable[[], None]:
     """Forward, backward and step on prepared batches, nothing else."""
-    objective = FlowMatching(network(), TimestepConfig())
-    prepare_blocks(objective.players["denoiser"], config)
-    optimizer = PlayerOptimizer(objective.players["denoiser"], OPTIMIZER, 10_000)
+    flow = objective()
+    prepare_blocks(flow.players["denoiser"], config)
+    optimizer = PlayerOptimizer(flow.players["denoiser"], OPTIMIZER, 10_000)
     given = [batches(place).to(DEVICE) for place in range(ROUNDS)]
-    prepared = [objective.prepare(b, Randomness(0, i, b.slots, DEVICE)) for i, b in enumerate(given)]
+    prepared = [flow.prepare(b, Randomness(0, i, b.slots, DEVICE)) for i, b in enumerate(given)]
     steps = iter(range(ROUNDS))
 
     def step() -> None:
         place = next(steps)
         with autocast(DEVICE, config.precision):
-            total = objective.loss("denoiser", prepared[place]).total
+            total = flow.loss("denoiser", prepared[place]).total
         torch.autograd.backward(total)
         optimizer.step(place)
 
@@ -176,19 +185,12 @@ def large_block_mfu() -> float:
     )
 
 
-def loop(batches: Callable[[int], Batch], config: TrainConfig, folder: Path) -> tuple[Trainer, Callable[[], float]]:
-    """Our loop and one step of it, which tells how long it waited for data."""
-    trainer = Trainer(FlowMatching(network(), TimestepConfig()), config, folder)
-    places = iter(range(ROUNDS))
-
-    def step() -> float:
-        place, began = next(places), time.perf_counter()
-        batch = batches(place).to(DEVICE)
-        waited = time.perf_counter() - began
-        trainer.move(trainer.objective.prepare(batch, Randomness(0, place, batch.slots, DEVICE)))
-        return waited
-
-    return trainer, step
+def amortised(each: Sequence[float]) -> float:
+    """Mean of `train()`'s steps, a row of the log having its share: of both kinds, with and without one, the median."""
+    rows = {step for step in range(ROUNDS) if (step + 1) % SETTINGS.log_every == 0}
+    with_row = [value for step, value in enumerate(each, WARM_UP) if step in rows]
+    without = statistics.median(value for step, value in enumerate(each, WARM_UP) if step not in rows)
+    return without + (statistics.median(with_row) - without) / SETTINGS.log_every if with_row else without
 
 
 def measured(folder: Path) -> tuple[dict[str, list[float]], list[float], float, str]:
@@ -196,20 +198,22 @@ def measured(folder: Path) -> tuple[dict[str, list[float]], list[float], float, 
     write_set(folder)
     data, config = TrainingData(folder), settings()
     batches = data.batches(SelectConfig(), BATCH, 0, teacher=False)
-    waits, times = [], dict[str, list[float]]()
-    with loaded(batches, config.loader_threads, ROUNDS) as fetch:
-        trainer, step = loop(fetch, config, folder / "checkpoints")
-        steps: dict[str, Callable[[], Any]] = {
-            "ours": lambda: waits.append(step()), "bare": bare(batches, config), "plain": plain_loop(data, half=GPU)
-        }  # fmt: skip
-        if not GPU:
-            steps["ours, fp32"] = loop(batches, SETTINGS, folder / "other")[1]
-            steps["plain, bf16"] = plain_loop(data, half=True)
-        for _ in range(ROUNDS):
-            for name, action in steps.items():
-                times.setdefault(name, []).append(seconds(action))
-    save = statistics.median(seconds(trainer.save) for _ in range(3))
-    return {name: each[WARM_UP:] for name, each in times.items()}, waits[WARM_UP:], save, config.precision
+    ours = {"ours": Turns(objective(), batches, config, folder / "ours")}
+    others = {"bare": bare(batches, config), "plain": plain_loop(data, half=GPU)}
+    if not GPU:
+        ours["ours, fp32"] = Turns(objective(), batches, SETTINGS, folder / "other")
+        others["plain, bf16"] = plain_loop(data, half=True)
+    times: dict[str, list[float]] = {name: [] for name in others}
+    for _ in range(ROUNDS):
+        for turns in ours.values():
+            turns.step()
+        for name, action in others.items():
+            times[name].append(seconds(action))
+    trainers = [turns.end() for turns in ours.values()]
+    times |= {name: turns.seconds for name, turns in ours.items()}
+    save = statistics.median(seconds(trainers[0].save) for _ in range(3))
+    waits = ours["ours"].waits[WARM_UP:]
+    return {name: each[WARM_UP:] for name, each in times.items()}, waits, save, config.precision
 
 
 def main() -> dict[str, Any]:
@@ -217,9 +221,11 @@ def main() -> dict[str, Any]:
     torch.set_num_threads(1)
     with TemporaryDirectory() as name:
         times, waits, save, precision = measured(Path(name))
-    middle = {name: statistics.median(each) for name, each in times.items()}
+    middle = {
+        name: amortised(each) if name.startswith("ours") else statistics.median(each) for name, each in times.items()
+    }
     ours, theirs = middle["ours"], middle["plain"]
-    added = statistics.median(a - b for a, b in zip(times["ours"], times["bare"], strict=True))
+    added = amortised([a - b for a, b in zip(times["ours"], times["bare"], strict=True)])
     figures = {
         "samples_ratio": theirs / ours, "mfu": large_block_mfu(), "data_wait": statistics.median(waits) / ours,
         "checkpoint_stall": save / (save + CHECKPOINT_EVERY * ours), "loop_overhead": added / middle["bare"],

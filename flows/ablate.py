@@ -1,18 +1,25 @@
 """A/B of one switch of pre-training: with and without it, at equal samples and at equal time, over several seeds.
 
 Both arms are stages of this system on one curated training set and one judge, which are reused if they are there. The
-third arm, `timed`, repeats `without` with as many steps as `with` had time for.
+third arm, `timed`, repeats `without` with as many steps as `with` had time for. An arm that reads REPA's cached features
+pays for its teacher, once a picture of the resolutions it aligns, as if it had the training set to itself.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_curation.bucket_facts import parse_bucket
+from data_curation.encoders import TEACHER_BATCH, teacher_features
 from flows.config import LifecycleConfig
 from flows.dag import curation, latents, opening, seeded, training_set
 from flows.judged import judge_of
@@ -23,6 +30,7 @@ from infra.provenance import provenance
 from infra.stages import StageSpec
 from models.evaluation.intervals import T_95, paired
 from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.curriculum import phases_of
 from tasks.catalog import spec_of
 
 # switch -> (settings with it, settings without it); an empty side is the preset as it is
@@ -73,7 +81,9 @@ def ablate(config: LifecycleConfig, switch: str, seeds: int, share: float, out: 
     first = {(name, seed): arm(config, name, changes, seed, share)
              for seed in range(seeds) for name, changes in (("with", having), ("without", lacking))}  # fmt: skip
     run = _run(config, [*base, *(spec for chain in first.values() for spec in chain)], switch, display)
-    spent = {key: sum(_seconds(run, spec) for spec in chain) for key, chain in first.items()}
+    buckets = run.artifacts["encode"].facts["buckets"]
+    taught = {key: teacher_seconds(chain, buckets) for key, chain in first.items()}
+    spent = {key: taught[key] + sum(_seconds(run, spec) for spec in chain) for key, chain in first.items()}
     ratio = statistics.median(spent["with", seed] / spent["without", seed] for seed in range(seeds))
     timed = {("timed", seed): arm(config, "timed", lacking, seed, share * ratio) for seed in range(seeds)}
     chains = first | timed
@@ -85,16 +95,17 @@ def ablate(config: LifecycleConfig, switch: str, seeds: int, share: float, out: 
     run = _run(config, [*base, *(spec for chain in chains.values() for spec in chain), score], switch, display)
     scores = run.artifacts["evaluate"].facts["scores"]
     accuracy = {key: float(scores[chain[-1].name]["prompt_accuracy"]["value"]) for key, chain in chains.items()}
-    result = summary(switch, seeds, accuracy, spent, share)
+    result = summary(switch, seeds, accuracy, spent, taught, share)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"ablate-{switch}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     return result
 
 
 def summary(
-    switch: str, seeds: int, accuracy: Mapping[tuple[str, int], float], spent: Mapping[tuple[str, int], float], share: float
+    switch: str, seeds: int, accuracy: Mapping[tuple[str, int], float], spent: Mapping[tuple[str, int], float],
+    taught: Mapping[tuple[str, int], float], share: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Means and paired differences with 95 % t-intervals over the seeds."""
+    """Means and paired differences with 95 % t-intervals over the seeds; `taught` is the teacher's part of `spent`."""
     values = {name: [accuracy[name, seed] for seed in range(seeds)] for name in ("with", "without", "timed")}
     code = provenance()["code"]
     return {
@@ -104,7 +115,37 @@ def summary(
         "equal_samples": paired(values["with"], values["without"]),
         "equal_time": paired(values["with"], values["timed"]),
         "seconds": {name: [round(spent[name, seed], 2) for seed in range(seeds)] for name in ("with", "without")},
+        "teacher_seconds": {name: round(taught[name, 0], 2) for name in ("with", "without")},
     }  # fmt: skip
+
+
+@functools.cache
+def seconds_a_picture(width: int, height: int) -> float:
+    """What the packaged teacher takes here for a picture of a bucket, which it sees at twice the size; the median of three."""
+    pixels = np.random.default_rng(0).integers(0, 256, (TEACHER_BATCH, 2 * height, 2 * width, 3), np.uint8)
+    teacher_features(pixels[:1])  # loads it
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        teacher_features(pixels)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / TEACHER_BATCH
+
+
+def teacher_seconds(
+    chain: Sequence[StageSpec], buckets: Mapping[str, int], cost: Callable[[int, int], float] = seconds_a_picture
+) -> float:
+    """What the cached features that a chain of stages reads take to make, once a picture; `buckets` are encode's counts."""
+    sides = {side for spec in chain for side in aligned(FlowMatchingConfig.model_validate(spec.config))}
+    read = {name: count for name, count in buckets.items() if parse_bucket(name)[0] in sides}
+    return sum(count * cost(*parse_bucket(name)[1]) for name, count in read.items())
+
+
+def aligned(config: FlowMatchingConfig) -> set[int]:
+    """The resolutions at which a stage reads cached teacher features."""
+    if config.repa is None or not config.repa.needs_cached_features:
+        return set()
+    return {side for phase in phases_of(config) if phase.repa for side in phase.select.resolutions}
 
 
 def _run(config: LifecycleConfig, specs: list[StageSpec], switch: str, display: Display) -> Run:

@@ -1,4 +1,4 @@
-"""Commands of `t2i` that show or give away what was made: a published model with its card, two runs on one page."""
+"""Commands of `t2i` that show or give away what was made: a published model, two runs on one page, another average."""
 
 from __future__ import annotations
 
@@ -43,3 +43,26 @@ def compare(first: Annotated[str, typer.Argument(help="Name of a run, or latest"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     say(str(out))
+
+
+@app.command()
+def average(what: Annotated[str, typer.Argument(help="Checkpoint of a stage with train.ema_snapshot_every: the stage's name, or a digest")], out: Annotated[Path, typer.Argument(help="Folder to write")], gamma: Annotated[float, typer.Option(min=1, max=100, help="Power of the average, as train.ema_gamma; larger is shorter")], at: Annotated[int | None, typer.Option(min=1, help="Step it ends at [default: the last snapshot's]")] = None, run: Annotated[str, typer.Option(help="Run in which a stage is looked up")] = "latest", root: RunRoot = "runs", as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Write a checkpoint with another average of its weights, put together from a stage's snapshots."""
+    from dataclasses import asdict
+
+    from infra.errors import ConfigError
+    from infra.lineage import Graph
+    from infra.storage import open_store
+    from tasks.averages import other_average
+    from tasks.lineage import target
+
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; name a new folder")
+    store = open_store(root, create=False)
+    made = other_average(store.local(target(store, Graph(store.list()), what, run)), out, gamma, at)
+    if as_json:
+        say(json.dumps({"folder": str(out), **asdict(made)}))
+        return
+    say(
+        f"{out}: gamma {made.gamma:g} at step {made.step}, of {made.snapshots} snapshots, profile missed by {made.misfit:.1%}"
+    )

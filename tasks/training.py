@@ -34,6 +34,7 @@ from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Alignment, Projector, Repa, projector_of
 from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
+from tasks import averages
 from tasks.adapted import Finished, adapt
 from tasks.training_data import TrainingData
 
@@ -95,7 +96,8 @@ def run_training(
             shutil.copytree(grids, ctx.out / "grids", dirs_exist_ok=True)
     snapshots = ctx.scratch / "snapshots"
     if world()[0] == 0 and snapshots.exists():
-        shutil.copytree(snapshots, ctx.out / "ema-snapshots", dirs_exist_ok=True)
+        shutil.copytree(snapshots, ctx.out / averages.FOLDER, dirs_exist_ok=True)
+        averages.keep_text_scale(ctx.out / averages.FOLDER, model_of(trainer))
     speed = {name: round(value, 4) for name, value in trainer.meter.numbers().items()}
     last = trainer.rows[-1] if trainer.rows else {}  # a watch may end a run before its first row
     return {"steps": trainer.step, "samples": trainer.step * config.batch_size, "last": last, "speed": speed}

@@ -1,11 +1,14 @@
 """Averages against diffusers' EMAModel and, chosen afterwards, against the average tracked all along."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma, combined, synthesis
+from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma, combined, misfit, synthesis
 
 
 def walk(step: int) -> torch.Tensor:
@@ -39,3 +42,11 @@ def test_an_average_chosen_afterwards_is_the_one_tracked_all_along() -> None:
     assert float((made - wanted.average["weight"]).abs().max()) < 0.005
     assert float((averages[-1]["weight"] - wanted.average["weight"]).abs().max()) > 0.02
     assert synthesis(places, SNAPSHOT_GAMMAS[0], 1000.0)[-2] == pytest.approx(1, abs=1e-6)
+    assert misfit(places, SNAPSHOT_GAMMAS[0], 1000.0) < 1e-3
+    assert misfit(places, 10.0, 1000.0) < 0.02
+    assert synthesis(places, 10.0, 1000.0).sum() == pytest.approx(1, abs=1e-12)  # weights that never move stay
+    far = np.linspace(0, 500, 200_001)[1:] / 500  # against the integral: one snapshot of another power at the same step
+    have, want = far**6.94, far**2.0
+    have, want = have / have.sum(), want / want.sum()
+    by_hand = math.sqrt(((have - want) ** 2).sum() / (want**2).sum())
+    assert misfit([(7.94, 500.0)], 3.0, 500.0) == pytest.approx(by_hand, rel=1e-3)

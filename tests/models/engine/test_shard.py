@@ -1,4 +1,4 @@
-"""Weights cut over gloo workers (FSDP2) against whole copies on each, and against one worker, at equal global batches."""
+"""Gloo workers with weights cut over them (FSDP2), with whole copies on each, and one worker, at equal global batches."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # once, not in every forked process
 
+from models.distillation.build import Networks, build
+from models.distillation.config import DistillConfig
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import Trainer, train
 from models.engine.state import load_state
@@ -20,6 +22,8 @@ from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Projector, Repa
 
 STEPS, SAMPLES = 4, 6
+COPIES = 2e-5  # of AdamW in float32: the order of the sums alone
+TURNS = 5e-4  # where gradients are all but zero at first AdamW makes steps of their rounding; a step is 1e-3
 Run = Callable[[Path, dict], Trainer]
 
 
@@ -118,6 +122,7 @@ def test_two_workers_with_parts_train_as_two_with_copies_and_as_one(muon_lr, run
     together(2, tmp_path / "group", work)
     same(tmp_path / "parts", tmp_path / "copies", 2e-5)
     same(tmp_path / "parts", tmp_path / "one", 2e-4)  # Newton-Schulz magnifies the order of the sums
+    same(tmp_path / "copies", tmp_path / "one", COPIES if muon_lr is None else 2e-4)
     if others:
         same(tmp_path / "parts", tmp_path / "thirds", 2e-4)
         half, rows = checkpoint(tmp_path / "half")
@@ -144,6 +149,46 @@ def test_a_run_on_two_workers_goes_on_with_the_same_bits_or_on_one_or_three(run,
     same(tmp_path / "two", tmp_path / "straight")
     same(tmp_path / "one", tmp_path / "straight", 2e-4)
     same(tmp_path / "three", tmp_path / "straight", 2e-4)
+
+
+def test_copies_on_two_workers_go_on_with_the_same_bits_or_on_one(run, tmp_path: Path) -> None:
+    def two() -> None:
+        run(tmp_path / "straight", {"muon_lr": None})
+        with pytest.raises(KilledError):
+            run(tmp_path / "two", {"muon_lr": None, "kill": 3})
+        if dist.get_rank() == 0:
+            shutil.copytree(tmp_path / "two", tmp_path / "one")
+        dist.barrier()
+        run(tmp_path / "two", {"muon_lr": None})
+
+    together(2, tmp_path / "group", two)
+    run(tmp_path / "one", {"muon_lr": None})
+    same(tmp_path / "two", tmp_path / "straight")
+    same(tmp_path / "one", tmp_path / "straight", COPIES)
+
+
+def test_players_that_take_turns_train_on_two_workers_as_on_one(tiny, batches, tmp_path: Path) -> None:
+    """DMD: the student moves in every second step, the fake score with its critic in each; gradients only of who moves."""
+    method = {"kind": "dmd", "fake_steps": 2, "gan_weight": 0.05}
+    optimizer = OptimizerConfig(warmup_steps=2, muon_lr=None)
+    config = TrainConfig(
+        steps=STEPS, batch_size=SAMPLES, log_every=1, checkpoint_every=2, ema_gamma=3.0, optimizer=optimizer
+    )
+    null = (torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
+
+    def once(folder: Path) -> None:
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = SAMPLES // workers
+        slots = tuple(range(rank * share, (rank + 1) * share))
+        asked = DistillConfig.model_validate({"method": method, "train": config.model_dump(), "student_steps": 2})
+        objective = build(asked, Networks(tiny(0), tiny(3), tiny(3), null)).objective
+        train(objective, lambda step: batches(step, slots), config, folder)
+
+    once(tmp_path / "one")
+    together(2, tmp_path / "group", lambda: once(tmp_path / "two"))
+    same(tmp_path / "two", tmp_path / "one", TURNS)
+    moved = [[name for name in ("student", "fake") if f"{name}/loss" in row] for row in checkpoint(tmp_path / "two")[1]]
+    assert moved == [["student", "fake"], ["fake"]] * 2
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.networks.codec import Vae, drawn
+from models.networks.codec import Vae, drawn, load_vae
 from models.pretraining.autoencoder import Autoencoder, build, measure
 from models.pretraining.config import AutoencoderConfig
 
@@ -80,8 +80,6 @@ def test_measured_scale_makes_unit_variance_and_survives_saving(tmp_path) -> Non
     assert abs(float(latents.mean())) < 0.1
     assert abs(float(latents.std()) - 1) < 0.1
     vae.save_pretrained(tmp_path)
-    from models.networks.codec import load_vae
-
     again = load_vae(tmp_path)
     assert again.scaling == codec.scaling
     assert torch.equal(again.pictures(latents[:2]), codec.pictures(latents[:2]))
@@ -94,3 +92,27 @@ def test_without_noise_a_latent_is_its_mean(vae) -> None:
     torch.testing.assert_close(drawn(moments, torch.zeros(4, 4, 4, 4), codec.scaling), codec.x_0(pictures))
     z = codec.network.encode(pictures).latent_dist.mean
     torch.testing.assert_close(codec.x_0(pictures), (z - 0.1) * 0.7)
+
+
+def test_a_dc_autoencoder_has_exact_latents_and_comes_back_from_its_folder(tmp_path) -> None:
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    levels = {"encoder": (8, 16), "decoder": (8, 16)}
+    network = AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, scaling_factor=0.4,
+        **{f"{side}_block_types": "ResBlock" for side in levels}, **{f"{side}_qkv_multiscales": ((), ()) for side in levels},
+        **{f"{side}_block_out_channels": widths for side, widths in levels.items()},
+        **{f"{side}_layers_per_block": (1, 1) for side in levels},
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    codec, pictures = load_vae(tmp_path), batches(0).images
+    assert (codec.factor, codec.channels, codec.scaling.scale, codec.scaling.shift) == (2, 4, 0.4, 0.0)
+    with torch.no_grad():
+        z = network.eval().encode(pictures).latent
+        back = network.decode(z).sample
+    assert z.shape == (4, 4, 4, 4)
+    torch.testing.assert_close(codec.x_0(pictures), 0.4 * z)
+    noise = Randomness(1, 0, (0, 1, 2, 3)).normal("z", (4, 4, 4))
+    torch.testing.assert_close(drawn(codec.moments(pictures), noise, codec.scaling), 0.4 * z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(codec.pictures(codec.x_0(pictures)), back, atol=1e-5, rtol=1e-4)

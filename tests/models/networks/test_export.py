@@ -1,15 +1,19 @@
 """Exported folders run with stock diffusers in a process that cannot import this repository, and give our pixels."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from infra.artifacts import folder_digest
+from models.engine.distribute import one_thread
 from models.networks import prx, text_encoder
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.config import PrxConfig
@@ -17,49 +21,56 @@ from models.networks.export import export_pipeline, scheduler_of
 from models.sampling.generate import Generator, load_generator
 
 PROMPTS = ["a big apple on a blue background", "three cats, one below two others, on a plain green background"]
+FULL = "a big apple, " * 12 + "on blue"  # no padding: longer than any prompt may be, so it is cut
 
 STRANGER = """
 import json, sys
-import numpy as np, torch
-sys.path = [p for p in sys.path if p not in ("", sys.argv[4])]
+import torch
+from safetensors.torch import save_file
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("flows", "tasks", "models", "data_curation", "infra"):
             raise ImportError(name + " must not be needed")
+sys.path = [p for p in sys.path if p not in ("", sys.argv[1])]
 sys.meta_path.insert(0, Refuse())
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
-pipe.set_progress_bar_config(disable=True)
-seen = []
-record = lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0]))
-pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
-steps, guidance, renoise = json.loads(sys.argv[2])
-images = []
-for seed, prompt in enumerate(json.loads(sys.argv[5])):  # diffusers 0.42.1 cannot guide more than one prompt at a time
-    seen.clear()
-    torch.manual_seed(seed)  # noise between the steps comes from here, and the first noise too where no generator is given
-    generator = None if renoise else torch.Generator().manual_seed(seed)
-    images.append(pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-                       generator=generator, use_resolution_binning=False).images[0])
-np.save(sys.argv[3], (np.stack(images) * 255).round().astype(np.uint8))
-print(json.dumps(seen))
+torch.set_num_threads(1)
+asked, times, pictures = json.loads(sys.argv[2]), {}, {}
+for name, (steps, guidance, sampler, _) in asked["cases"].items():
+    pipe = DiffusionPipeline.from_pretrained(name + "/export", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    seen, drawn = [], []
+    record = lambda module, args, kwargs: seen.append(float(kwargs["timestep"][0]))
+    pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    for seed, prompt in enumerate(asked["prompts"]):  # diffusers 0.42.1 cannot guide more than one prompt at a time
+        seen.clear()
+        torch.manual_seed(seed)  # noise between the steps comes from here, and the first too where no generator is given
+        generator = None if sampler == "renoise" else torch.Generator().manual_seed(seed)
+        drawn.append(pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="np",
+                          generator=generator, use_resolution_binning=False).images[0])
+    times[name], pictures[name] = seen, torch.stack([torch.from_numpy(picture) for picture in drawn]).contiguous()
+save_file(pictures, "drawn.safetensors")
+print(json.dumps(times))
 """
 
+Case = tuple[int, float, str, dict[str, Any]]  # steps, guidance, sampler, how times are shifted
+CASES: dict[str, Case] = {
+    "euler": (8, 2.0, "euler", {}),
+    "heun": (5, 2.0, "heun", {}),
+    "student-4": (4, 1.0, "euler", {}),
+    "student-1": (1, 1.0, "euler", {}),
+    "renoise-4": (4, 1.0, "renoise", {}),
+    "renoise-2": (2, 1.0, "renoise", {}),
+    "sqrt": (6, 2.0, "euler", {"side": 48}),  # 144 tokens: k = 1.5
+    "exponential": (6, 2.0, "euler", {"side": 48, "shift": "exponential", "base_tokens": 64, "max_tokens": 1024}),
+}
+MAX_TOKENS = 32
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("steps", "guidance", "sampler"),
-    [
-        (8, 2.0, "euler"),
-        (5, 2.0, "heun"),
-        (4, 1.0, "euler"),
-        (1, 1.0, "euler"),
-        (4, 1.0, "renoise"),
-        (2, 1.0, "renoise"),
-    ],
-)
-def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: float, sampler: str) -> None:
-    config = PrxConfig(hidden_size=64, depth=2, num_heads=2, prompt_max_tokens=32)
+
+def write_case(folder: Path, case: Case) -> None:
+    """A checkpoint of random weights to be sampled so, and its export."""
+    steps, guidance, sampler, shift = case
+    config = PrxConfig(hidden_size=64, depth=2, num_heads=2, prompt_max_tokens=MAX_TOKENS)
     generator = torch.Generator().manual_seed(0)
     denoiser = prx.build(config, torch.randn(384, generator=generator), 0.5 + torch.rand(384, generator=generator), 0)
     with torch.no_grad():
@@ -68,47 +79,68 @@ def test_stock_diffusers_draws_our_pixels(tmp_path: Path, steps: int, guidance: 
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     distilled = guidance == 1.0
     card = SamplingCard(
-        steps=1 if distilled else steps, guidance=guidance, prompt_max_tokens=32, distilled=distilled, sampler=sampler,
-        trained_steps=(1, steps) if distilled else None, method="dmd" if distilled else None, teacher="abc",
-        distilled_guidance=2.0 if distilled else None,
+        steps=1 if distilled else steps, guidance=guidance, prompt_max_tokens=MAX_TOKENS, distilled=distilled,
+        sampler=sampler, trained_steps=(1, steps) if distilled else None, method="dmd" if distilled else None,
+        teacher="abc", distilled_guidance=2.0 if distilled else None, **shift,
     )  # fmt: skip
-    write_checkpoint(tmp_path / "checkpoint", denoiser, card)
+    write_checkpoint(folder / "checkpoint", denoiser, card)
     if steps == 4:  # other weights for this number of steps
         with torch.no_grad():
             denoiser.transformer.time_in.out_layer.bias.add_(0.3)
-        denoiser.save(tmp_path / "checkpoint" / "transformer-4")
-    export_pipeline(tmp_path / "checkpoint", tmp_path / "export", steps)
-    ours = load_generator(tmp_path / "checkpoint").sample(PROMPTS, [0, 1], steps=steps)
-    if distilled:
-        record = json.loads((tmp_path / "export" / "distill.json").read_text())
-        assert record["grid"] == pytest.approx([1 - i / steps for i in range(steps)])
-        told = {name: record[name] for name in ("steps", "sampler", "guidance", "guidance_scale", "teacher", "method")}
-        assert told == {"steps": steps, "sampler": sampler, "guidance": 2.0, "guidance_scale": 1.0, "teacher": "abc",
-                        "method": "dmd"}  # fmt: skip
+        denoiser.save(folder / "checkpoint" / "transformer-4")
+    export_pipeline(folder / "checkpoint", folder / "export", steps)
 
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]], dict[str, torch.Tensor]]:
+    """All cases' folders, the times stock diffusers asked at and what it drew, float [N, H, W, 3], in one new process."""
+    root = tmp_path_factory.mktemp("stock")
+    with one_thread():
+        for name, case in CASES.items():
+            write_case(root / name, case)
+    (root / "stranger.py").write_text(STRANGER)
+    asked = json.dumps({"cases": CASES, "prompts": [*PROMPTS, FULL]})
     repository = str(Path(__file__).resolve().parents[3])
-    arguments = [
-        tmp_path / "export",
-        json.dumps([steps, guidance, sampler == "renoise"]),
-        tmp_path / "out.npy",
-        repository,
-        json.dumps(PROMPTS),
-    ]
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, "stranger.py", repository, asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout.strip().splitlines()[-1])
-    looks = [1 - i / steps for i in range(steps)]
+    return root, json.loads(done.stdout.strip().splitlines()[-1]), load_file(root / "drawn.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_stock_diffusers_draws_our_pixels(name: str, stock) -> None:
+    """In float32: to 1e-5, and to the bit where both sides compute in the same order."""
+    root, times, pictures = stock
+    steps, guidance, sampler, shift = CASES[name]
+    k = {"sqrt": 1.5, "exponential": math.exp(0.5 + 0.65 * (144 - 64) / (1024 - 64))}.get(name, 1.0)
+    looks = [k * t / (1 + (k - 1) * t) for t in (1 - i / steps for i in range(steps))]
     if sampler == "heun":
         looks = [looks[0], *(t for t in looks[1:] for _ in range(2))]
-    assert seen == pytest.approx(looks, abs=1e-6)
-    theirs = np.load(tmp_path / "out.npy")
-    assert theirs.shape == ours.shape
-    assert ours.std() > 10
-    assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
+    assert times[name] == pytest.approx(looks, abs=1e-6)
+    with one_thread():
+        drawn = load_generator(root / name / "checkpoint").draw(
+            [*PROMPTS, FULL], [0, 1, 2], steps=steps, batch_size=1, num_tokens=MAX_TOKENS
+        )
+    ours = (drawn / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
+    theirs = pictures[name].numpy()
+    assert theirs.shape == ours.shape == (3, shift.get("side", 32), shift.get("side", 32), 3)
+    assert ours.std() > 0.04
+    gaps = np.abs(theirs - ours).max((1, 2, 3))
+    assert gaps.max() <= 1e-5
+    if guidance == 1.0:  # the stock pipeline pads the text before the encoder, we after it; `FULL` has no padding
+        assert gaps[2] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1] == 1.0])
+def test_an_exported_student_says_how_it_is_to_be_called(name: str, stock) -> None:
+    steps, _, sampler, _ = CASES[name]
+    record = json.loads((stock[0] / name / "export" / "distill.json").read_text())
+    assert record["grid"] == pytest.approx([1 - i / steps for i in range(steps)])
+    told = {key: record[key] for key in ("steps", "sampler", "guidance", "guidance_scale", "teacher", "method")}
+    assert told == {"steps": steps, "sampler": sampler, "guidance": 2.0, "guidance_scale": 1.0, "teacher": "abc",
+                    "method": "dmd"}  # fmt: skip
 
 
 def test_a_student_is_not_sampled_as_it_was_not_trained(tiny, tmp_path: Path) -> None:

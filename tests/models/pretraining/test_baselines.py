@@ -4,13 +4,19 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
+from torch import nn
 
+from models.engine.config import OptimizerConfig, TrainConfig
+from models.engine.loop import train
+from models.engine.objective import Batch
+from models.engine.randomness import Randomness
+from models.networks.denoiser import Denoiser
 from models.networks.prx import PrxDenoiser
 from models.pretraining.baselines import Predictor, as_x_0, error, input_scale, target, vp_scale, weight
-from models.pretraining.config import ObjectiveConfig
-from models.pretraining.flow_matching import noised, velocity_error
+from models.pretraining.config import ObjectiveConfig, TimestepConfig
+from models.pretraining.flow_matching import FlowMatching, noised, velocity_error
 from models.sampling.euler import grid, integrate
 
 KINDS = ("x_0", "velocity", "ddpm_eps", "ddpm_v", "edm", "score")
@@ -68,6 +74,19 @@ def test_ddpm_is_the_flow_at_another_scale() -> None:
     torch.testing.assert_close(v_weight, snr.clamp_max(5) / (snr + 1), atol=1e-5, rtol=1e-4)
 
 
+def test_noised_and_the_weights_of_sd3_are_diffusers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x_0, eps = torch.randn(2, 6, 3, 4, 4, generator=generator)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    steps = scheduler.timesteps[[0, 5, 300, 700, 940, 949]]  # t from 1 down to .051
+    t = steps / 1000
+    assert torch.equal(noised(x_0, eps, t), scheduler.scale_noise(x_0, steps, eps))
+    for name in ("sigma_sqrt", "cosmap"):
+        want = compute_loss_weighting_for_sd3(name, t)
+        torch.testing.assert_close(weight(t, ObjectiveConfig(weight=name)), want, atol=0, rtol=1e-6)
+    assert float(weight(torch.zeros(1), ObjectiveConfig(weight="sigma_sqrt"))) == pytest.approx(400)  # theirs: infinite
+
+
 def test_edm_is_the_papers_table() -> None:
     """Karras 2022, table 1, written out for sigma = t / (1 - t) and x = x_t / (1 - t)."""
     generator = torch.Generator().manual_seed(2)
@@ -115,3 +134,57 @@ def test_a_velocity_network_is_sampled_alike_as_a_predictor_and_as_a_family(tiny
     asked = batch.images, grid(4), batch.tokens, batch.mask, (batch.tokens[:1] * 0, batch.mask[:1]), 2.0
     mine = integrate(Predictor(raw, ObjectiveConfig(kind="velocity")), *asked)
     torch.testing.assert_close(mine, integrate(family, *asked), atol=1e-5, rtol=1e-5)
+
+
+class Line(Denoiser):
+    """A network of numbers as pictures [B, 1, 1, 1], whose answer is taken as it is."""
+
+    patch_size = 1  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+
+    def predict(self, x_t, t, tokens, mask, hidden_layer=None, condition=None, route=None):
+        inputs = torch.stack([x_t.flatten(), t, x_t.flatten() * t], 1)
+        return self.net(inputs).view(-1, 1, 1, 1), None
+
+
+MEAN, STD, SLOTS = 0.7, 0.3, tuple(range(64))
+
+
+def numbers(step: int) -> Batch:
+    """Data from N(MEAN, STD^2)."""
+    x_0 = MEAN + STD * Randomness(9, step, SLOTS).normal("data", (1, 1, 1))
+    return Batch(x_0, torch.zeros(64, 1, 4), torch.ones(64, 1, dtype=torch.bool), SLOTS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "x_0"])
+def test_every_kind_trains_and_its_predictor_draws_the_data(kind, tmp_path) -> None:
+    config = ObjectiveConfig(kind=kind, sigma_data=STD)
+    denoiser = Line()
+    objective = FlowMatching(denoiser, TimestepConfig(density="uniform", shift="none"), objective=config)
+    batch = objective.prepare(numbers(0), Randomness(0, 0, SLOTS))
+    t = batch.extra["t"]
+    batch.extra["t"] = t = 0.05 + 0.9 * t  # where nothing is clamped the loss is a weight times the picture's error
+    batch.extra["x_t"] = noised(batch.images, batch.extra["eps"], t)
+    x_0, _ = Predictor(denoiser, config)(batch.extra["x_t"], t, batch.tokens, batch.mask)
+    g = ((1 - t) ** 2 + t**2) ** -0.5
+    gain = {"velocity": t, "ddpm_eps": t / (1 - t), "score": t / (1 - t), "ddpm_v": g * t,
+            "edm": STD * t / ((STD * (1 - t)) ** 2 + t**2).sqrt()}[kind]  # fmt: skip
+    by_hand = ((x_0 - batch.images).flatten() / gain).square().mean()
+    torch.testing.assert_close(objective.loss("denoiser", batch).total, by_hand, rtol=1e-4, atol=1e-5)
+
+    optimizer = OptimizerConfig(muon_lr=None, adamw_lr=1e-2, warmup_steps=20)
+    settings = TrainConfig(
+        steps=300, batch_size=64, log_every=100, checkpoint_every=300, ema_gamma=17.0, optimizer=optimizer
+    )
+    trained = train(objective, numbers, settings, tmp_path)
+    average = {n.removeprefix("denoiser."): v for n, v in trained.emas["denoiser"].average.items()}
+    denoiser.load_state_dict(average, strict=False)
+    noise = torch.randn(2000, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    nothing = torch.zeros(2000, 1, 4), torch.ones(2000, 1, dtype=torch.bool)
+    drawn = integrate(Predictor(denoiser, config), noise, grid(40), *nothing, (nothing[0][:1], nothing[1][:1]), 1.0)
+    assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.08)
+    assert float(drawn.std()) == pytest.approx(STD, abs=0.08)

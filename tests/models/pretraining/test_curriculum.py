@@ -1,14 +1,11 @@
 """Phases by samples seen, and exact resume at every kind of edge."""
 
-import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data_curation.dataset import Selection
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import TrainingDivergedError, train
 from models.engine.objective import Batch
@@ -83,30 +80,6 @@ def test_resume_twice_is_exact_at_every_edge(cuts, threads, tiny, batches, tmp_p
         assert torch.equal(value, resumed.players["denoiser"].state_dict()[name])
         if name in straight.emas["denoiser"].average:
             assert torch.equal(straight.emas["denoiser"].average[name], resumed.emas["denoiser"].average[name])
-
-
-def test_order_and_multiset_survive_any_cut_in_500_random_cases() -> None:
-    """(workers, batch size, buckets, cut): the steps after a cut are those of an undisturbed run; an epoch has every row."""
-    rng = random.Random(0)
-    for _ in range(500):
-        workers = rng.choice([1, 2, 4])
-        batch_size = workers * rng.randint(1, 4)
-        sizes = [rng.randint(1, 30) for _ in range(rng.randint(1, 4))]
-        starts = np.cumsum([0, *sizes])
-        rows = {(32 + 8 * i, 32): np.arange(starts[i], starts[i + 1]) for i in range(len(sizes))}
-        whole = Selection(rows, np.arange(starts[-1]))
-        steps, seed = 2 * whole.steps_per_epoch(batch_size), rng.randint(0, 9)
-        cut = rng.randrange(steps)
-        straight = [whole.batch(step, batch_size, seed).rows for step in range(steps)]
-        again = Selection(rows, np.arange(starts[-1]))
-        for step in range(cut, steps):
-            parts = np.split(again.batch(step, batch_size, seed).rows, workers)
-            assert np.array_equal(np.concatenate(parts), straight[step])
-        epoch = Counter(np.concatenate(straight[: steps // 2]).tolist())
-        assert set(epoch) == set(range(starts[-1]))
-        for size, bucket in zip(sizes, rows.values(), strict=True):
-            extra = -size % batch_size  # a bucket's last batch is filled up from its own start
-            assert sum(epoch[row] - 1 for row in bucket.tolist()) == extra
 
 
 # --- the engine's options ---

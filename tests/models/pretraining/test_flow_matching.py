@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.engine.objective import Batch
+from models.engine.objective import COUNT, SUM, Batch, divided
 from models.engine.randomness import Randomness
 from models.networks.denoiser import T_CLAMP, velocity_of
 from models.pretraining.config import FlowMatchingConfig, RepaConfig, TimestepConfig
@@ -139,3 +139,22 @@ def test_times_follow_the_samples_own_token_count(tiny) -> None:
 
     assert mean_time(8, 8) == pytest.approx(0.5, abs=0.05)
     assert mean_time(32, 32) > 0.65
+
+
+def test_the_loss_by_time_is_the_mean_of_the_errors_in_each_part(tiny, batches) -> None:
+    objective = FlowMatching(tiny(0), TimestepConfig(), bins=4)
+    rows, errors = dict[str, float](), {place: list[float]() for place in range(4)}
+    for step, times in enumerate(([0.0, 0.1, 0.25, 1.0], [0.2, 0.26, 0.3, 0.999])):  # none between .5 and .75
+        batch = objective.prepare(batches(step), Randomness(0, step, (0, 1, 2, 3)))
+        t = torch.tensor(times)
+        batch.extra |= {"t": t, "x_t": noised(batch.images, batch.extra["eps"], t)}
+        x_0, _ = objective.denoiser(batch.extra["x_t"], t, batch.tokens, batch.mask)
+        for time, error in zip(times, velocity_error(x_0, batch.images, t).tolist(), strict=True):
+            errors[min(int(4 * time), 3)].append(error)
+        for name, value in objective.loss("denoiser", batch).numbers(1).items():
+            rows[name] = rows.get(name, 0.0) + value / 2  # as a row of the log averages its steps
+    assert rows[f"flow t=0-0.25{COUNT}"] == 1.5
+    assert rows[f"flow t=0.5-0.75{SUM}"] == 0
+    found = {name: value for name, value in divided(rows).items() if name.startswith("flow t=")}
+    names = {0: "flow t=0-0.25", 1: "flow t=0.25-0.5", 3: "flow t=0.75-1"}
+    assert found == pytest.approx({names[place]: sum(errors[place]) / len(errors[place]) for place in names})
