@@ -26,7 +26,7 @@ from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.codec import factor_of
 from models.networks.denoiser import Denoiser
 from models.networks.text_features import sd3_text_parts
-from models.pretraining.config import FlowMatchingConfig, ShiftConfig
+from models.pretraining.config import FlowMatchingConfig, ShiftConfig, TimestepConfig
 from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
 from models.pretraining.densities import histogram
 from models.pretraining.encoder_free import Dispersive, SelfAlignment
@@ -122,6 +122,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     refuse_other_space(denoiser, data, config.name)
     adapt(denoiser, config.lora, train_config.seed, init)
     phases = phases_of(config)
+    refuse_uneven(phases, train_config.accumulate, config.name)
     for each in (data, *past):
         each.text_parts = text_parts(config, phases, card, frozen, each)
     repa = alignment(config, denoiser, data, phases)
@@ -158,8 +159,24 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
     return SamplingCard.model_validate({
         "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
         "sampler": config.sampling.sampler, "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
-        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
+        **{name: getattr(last_times(config), name) for name in ShiftConfig.model_fields},
     })  # fmt: skip
+
+
+def last_times(config: FlowMatchingConfig) -> TimestepConfig:
+    """The times the stage ends with, whose shift the trained model is sampled with."""
+    return phases_of(config)[-1].timesteps
+
+
+def refuse_uneven(phases: Sequence[Phase], accumulate: int, stage: str) -> None:
+    """Every phase's batch must be cut evenly over the workers, and then into the parts of a step."""
+    workers = world()[1]
+    for phase in phases:
+        if phase.batch_size % (workers * accumulate):
+            raise ConfigError(
+                f"stage {stage!r}: batch_size={phase.batch_size} from step {phase.first_step} on cannot be cut into "
+                f"accumulate={accumulate} equal parts on each of {workers} workers; make it a multiple of {workers * accumulate}"
+            )
 
 
 def text_parts(
@@ -215,7 +232,7 @@ def alignment(
             return SelfAlignment(repa, Projector(width, repa.hidden, width, seed), denoiser, steps)
         case "teacher" if repa.teacher == "cached":
             widths = {data.teacher_dim(phase.select) for phase in phases if phase.repa}
-            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps)
+            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps, patch_size=patch)
         case "teacher":
             from models.pretraining.teachers import teacher_of
 
@@ -224,9 +241,9 @@ def alignment(
 
 
 def times_shown(config: FlowMatchingConfig, denoiser: Denoiser, factor: int) -> list[float]:
-    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
+    """Shares of the last phase's times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
     tokens = (config.sampling.side // factor // denoiser.patch_size) ** 2
-    return histogram(tokens, config.timesteps)
+    return histogram(tokens, last_times(config))
 
 
 def fixed_prompts(data: TrainingData) -> list[str]:

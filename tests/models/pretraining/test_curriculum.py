@@ -45,7 +45,16 @@ def test_a_phase_begins_when_its_samples_were_seen_and_keeps_the_tokens_per_step
 def test_impossible_curricula_are_refused() -> None:
     late = {**CURRICULUM, "curriculum": [{"from_samples": 0}, {"from_samples": 48}]}
     with pytest.raises(ValueError, match="ends after 12 steps, before its phase from 48 samples"):
-        phases_of(FlowMatchingConfig.model_validate(late))
+        FlowMatchingConfig.model_validate(late)
+    uneven = {**CURRICULUM, "train": {**TRAIN, "batch_size": 12, "accumulate": 4}}
+    later = {"from_samples": 24, "batch_size": 6}
+    with pytest.raises(ValueError, match="phase from 24 samples has batch_size=6, no multiple of accumulate=4; give"):
+        FlowMatchingConfig.model_validate({**uneven, "curriculum": [{"from_samples": 0}, later]})
+    grown = {"from_samples": 24, "select": {"resolutions": [48]}}  # 12 x (32 / 48)^2 is 5
+    with pytest.raises(ValueError, match="batch_size=5, no multiple of accumulate=4"):
+        FlowMatchingConfig.model_validate({**uneven, "curriculum": [{"from_samples": 0}, grown]})
+    even = {**uneven, "curriculum": [{"from_samples": 0}, {**later, "batch_size": 8}]}
+    assert [phase.batch_size for phase in phases_of(FlowMatchingConfig.model_validate(even))] == [12, 8]
     with pytest.raises(ValueError, match="begin at 0 and rise"):
         FlowMatchingConfig.model_validate({"curriculum": [{"from_samples": 5}]})
 
