@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from infra.errors import ConfigError, DataRefused
 from models.networks.checkpoint import SamplingCard
 from models.pretraining.config import FlowMatchingConfig, SelectConfig
 from models.pretraining.curriculum import phases_of
-from tasks.training import text_parts
+from tasks.training import curriculum_batches, flow_matching, text_parts
 from tasks.training_data import TrainingData
 
 ROWS = {32: 24, 40: 112}  # the last 40 are held out
@@ -109,3 +112,52 @@ def test_dropping_encoders_of_a_model_that_has_one_is_refused(data, tmp_path) ->
     with pytest.raises(ConfigError, match="pretrain-32: select.empty_encoders is for SD3"):
         text_parts(config, phases_of(config), SamplingCard(), tmp_path, data)
     assert text_parts(FlowMatchingConfig(), phases_of(FlowMatchingConfig()), SamplingCard(), tmp_path, data) == ()
+
+
+GROWING = {
+    "name": "growing", "network": {"hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "text_dim": 4},
+    "train": {"steps": 7, "batch_size": 6, "log_every": 1, "checkpoint_every": 1, "ema_gamma": 3.0},
+    "repa": {"layer": 0, "hidden": 8, "until": 1.0}, "select": {"resolutions": [32], "empty_captions": 0.0},
+    "curriculum": [
+        {"from_samples": 0},
+        {"from_samples": 18, "select": {"resolutions": [40], "long_captions": 1.0, "empty_captions": 0.0}, "repa": False},
+    ],
+}  # fmt: skip
+EDGE = 3
+
+
+def test_a_phase_reads_other_pictures_longer_captions_and_smaller_batches(data) -> None:
+    phases = phases_of(FlowMatchingConfig.model_validate(GROWING))
+    batches = curriculum_batches(data, phases, 0, teacher=True)
+    read = [batches(step) for step in range(7)]
+    assert [tuple(batch.images.shape) for batch in read] == [(6, 3, 32, 32)] * EDGE + [(4, 3, 40, 40)] * 4  # 6 x .8^2
+    assert [set(batch.mask.sum(1).tolist()) for batch in read] == [{2}] * EDGE + [{3}] * 4
+    levels = [((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist() for batch in read]
+    assert len({level for batch in levels[:EDGE] for level in batch}) == 18  # none twice: an epoch begins with a phase
+    assert len({level for batch in levels[EDGE:] for level in batch}) == 16
+
+
+@pytest.mark.parametrize("kills", [(EDGE, EDGE + 1), (EDGE + 1, EDGE + 2)], ids=str)
+def test_a_stage_killed_twice_where_its_phase_changes_resumes_to_the_bit(data, kills, context, tmp_path) -> None:
+    """A report comes before its checkpoint, so the run that is killed at one goes on from the step before."""
+    config, made = FlowMatchingConfig.model_validate(GROWING), {}
+
+    def stop(at: int):
+        def progress(done, total, numbers) -> None:
+            if done == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    for name in ("straight", "broken"):
+        ctx = context(name, {"data": data.set.folder}, tmp_path)
+        for kill in kills if name == "broken" else ():
+            with pytest.raises(KeyboardInterrupt):
+                flow_matching(config, replace(ctx, progress=stop(kill)))
+        facts = flow_matching(config, ctx)
+        assert facts["samples"] == EDGE * 6 + 4 * 4
+        files = ("transformer/diffusion_pytorch_model.safetensors", "metrics.jsonl", "sampling.json")
+        made[name] = [(ctx.out / file).read_bytes() for file in files]
+    assert made["straight"] == made["broken"]
+    rows = [json.loads(line) for line in made["straight"][1].splitlines()]
+    assert ["repa" in row for row in rows] == [True] * EDGE + [False] * 4
