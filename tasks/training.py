@@ -24,6 +24,7 @@ from models.engine.weights import with_weights
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.codec import factor_of
+from models.networks.config import Sd3Config
 from models.networks.denoiser import Denoiser
 from models.networks.text_features import sd3_text_parts
 from models.pretraining.config import FlowMatchingConfig, ShiftConfig, TimestepConfig
@@ -35,10 +36,10 @@ from models.pretraining.repa import Alignment, Projector, Repa, projector_of
 from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
 from tasks.adapted import Finished, adapt
+from tasks.training_checks import refuse_other_space, refuse_other_text, refuse_uneven
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
-PIXEL_CHANNELS = 3
 PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
@@ -108,6 +109,10 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
     train_config, init = config.train, ctx.inputs.get("init")
     card, frozen = card_of(config, init), init or ctx.inputs.get("frozen")
+    network = init or frozen if isinstance(config.network, Sd3Config) else init
+    for each in (data, *past):
+        folder = None if network is None else network / "transformer"
+        refuse_other_text(config.network, folder, each, card.prompt_max_tokens, config.name)
     if init is not None:
         denoiser = families.load(init / "transformer", card, scale.text_mean, scale.text_std)
         refuse_distilled(init, config.name)
@@ -168,17 +173,6 @@ def last_times(config: FlowMatchingConfig) -> TimestepConfig:
     return phases_of(config)[-1].timesteps
 
 
-def refuse_uneven(phases: Sequence[Phase], accumulate: int, stage: str) -> None:
-    """Every phase's batch must be cut evenly over the workers, and then into the parts of a step."""
-    workers = world()[1]
-    for phase in phases:
-        if phase.batch_size % (workers * accumulate):
-            raise ConfigError(
-                f"stage {stage!r}: batch_size={phase.batch_size} from step {phase.first_step} on cannot be cut into "
-                f"accumulate={accumulate} equal parts on each of {workers} workers; make it a multiple of {workers * accumulate}"
-            )
-
-
 def text_parts(
     config: FlowMatchingConfig, phases: Sequence[Phase], card: SamplingCard, frozen: Path | None, data: TrainingData
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
@@ -192,16 +186,6 @@ def text_parts(
         )
     _, num_rows, dim = data.null()[0].shape
     return sd3_text_parts(frozen, num_rows, dim)
-
-
-def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> None:
-    """A denoiser of latents needs a training set with latents, one of pixels a set without."""
-    if (data.scaling is None) != (denoiser.channels == PIXEL_CHANNELS):
-        has = "no latents" if data.scaling is None else "latents"
-        raise ConfigError(
-            f"stage {stage!r}: its network takes {denoiser.channels} channels, but its training set has {has}; "
-            "pixels need the encode stage's set, latents the features stage's"
-        )
 
 
 def curriculum_batches(

@@ -160,6 +160,16 @@ def test_a_vision_transformer_from_a_folder_on_a_non_square_grid(tmp_path: Path)
     [
         ({"repa": {"layer": 6}}, "repa.layer=6 but the network has depth=6"),
         ({"repa": {"coefficient": -1}}, "greater than or equal to 0"),
+        ({"repa": {"layer": -1}}, "greater than or equal to 0"),
+        ({"tread": {"first": -1}}, "greater than or equal to 0"),
+        ({"train": {"optimizer": {"betas": (0.9, 1.5)}}}, "less than 1"),
+        ({"train": {"optimizer": {"betas": (-0.1, 0.95)}}}, "greater than or equal to 0"),
+        ({"network": {"hidden_size": 130}}, "hidden_size=130 is not a multiple of 4 x num_heads=4; a head needs"),
+        ({"network": {"hidden_size": 132, "num_heads": 22}}, "not a multiple of 4 x num_heads=22"),
+        (
+            {"network": {"kind": "sd3", "hidden_size": 130, "num_heads": 4}},
+            "hidden_size=130 is not a multiple of num_heads=4",
+        ),
         ({"repa": {"target_layer": 9}}, "repa.target_layer=9"),
         ({"tread": {"share": 1.0}}, "less than 1"),
         ({"tread": {"first": 1, "last": 6}}, "tread.last=6 but the network has depth=6"),
