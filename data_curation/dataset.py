@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from infra.errors import DataRefused
 
 Split = Literal["train", "validation"]
+COLUMNS = ("resolution", "width", "height", "position", "caption_short", "caption_long", "domain", "split")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ class TrainingSet:
         """Open the output folder of the encode stage."""
         if not (folder / "index.parquet").exists():
             raise DataRefused(f"training set {folder}: no index.parquet; give the output folder of the encode stage")
+        table = pq.read_schema(folder / "index.parquet")
+        if missing := [name for name in COLUMNS if name not in table.names]:
+            raise DataRefused(
+                f"training set {folder}: index.parquet lacks the columns {', '.join(missing)}; make it with the encode stage"
+            )
+        if not pq.read_metadata(folder / "index.parquet").num_rows:
+            raise DataRefused(f"training set {folder}: index.parquet has 0 rows; loosen a filter, then encode again")
         return cls(folder)
 
     def select(
@@ -138,6 +146,19 @@ class TrainingSet:
             return None
         told = json.loads(path.read_text())
         return float(told["scale"]), float(told["shift"])
+
+    @property
+    def latent_channels(self) -> int | None:
+        """Channels of the cached latents; None where there are none."""
+        for path in sorted(self.folder.glob("latents-*.safetensors"))[:1]:
+            with safe_open(path, framework="np") as file:
+                return int(file.get_slice("moments").get_shape()[1]) // 2
+        return None
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest caption."""
+        return int(np.diff(self._offsets).max())
 
     def latents(self, batch: Batch) -> NDArray[np.float32]:
         """Cached posteriors of a batch, mean and log-variance [B, 2C, H / f, W / f]."""

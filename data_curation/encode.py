@@ -10,6 +10,7 @@ Shapes: N pictures, H x W bucket px, T tokens, D = 384.
 from __future__ import annotations
 
 import json
+import logging
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from data_curation.bucket_facts import Bucket, parse_bucket
 from data_curation.config import EncodeConfig
 from data_curation.encode_shards import encode_shards, text_space
-from data_curation.encoders import encode_texts
+from data_curation.encoders import cut_texts, encode_texts
 from data_curation.manifest import KEEP, Row, read_manifest, write_table
 from infra.arrays import save_arrays
 from infra.encode_cache import Index, Space, key_of, through
@@ -28,6 +29,8 @@ from infra.errors import DataRefused
 
 if TYPE_CHECKING:
     from infra.stages import StageContext
+
+log = logging.getLogger(__name__)
 
 TEXT_CHUNK = 512  # captions of one item of work
 DEAD_STD = 1e-3
@@ -76,11 +79,14 @@ def _encoders(config: EncodeConfig) -> dict[str, Any]:
 # --- text ---
 
 
-def encode_texts_once(item: tuple[list[str], int, Space, Index]) -> tuple[list[NDArray[np.float16]], int]:
-    """Features of texts, and how many were not there yet."""
+def encode_texts_once(item: tuple[list[str], int, Space, Index]) -> tuple[list[NDArray[np.float16]], int, int]:
+    """Features of texts, how many were not there yet, and how many texts were cut."""
     texts, max_tokens, cache, index = item
     keys = [key_of(text) for text in texts]
-    return through(cache, index, keys, lambda places: encode_texts([texts[place] for place in places], max_tokens))
+    states, made = through(
+        cache, index, keys, lambda places: encode_texts([texts[place] for place in places], max_tokens)
+    )
+    return states, made, cut_texts(texts, states, max_tokens)
 
 
 def _encode_captions(captions: list[str], config: EncodeConfig, ctx: StageContext) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _encode_captions(captions: list[str], config: EncodeConfig, ctx: StageContex
         items.append((texts, config.max_tokens, cache, found))
     parts = ctx.fan_out(encode_texts_once, items)
     states: list[NDArray[np.float16]] = [np.empty((0, 0), np.float16)] * len(captions)
-    for chunk, (part, _) in zip(reversed(chunks), parts, strict=True):
+    for chunk, (part, _, _) in zip(reversed(chunks), parts, strict=True):
         for i, value in zip(chunk, part, strict=True):
             states[i] = value
     tokens = np.concatenate(states)
@@ -110,8 +116,14 @@ def _encode_captions(captions: list[str], config: EncodeConfig, ctx: StageContex
             "std": np.where(dead, 1.0, std).astype(np.float32),
         },
     )
-    made = sum(count for _, count in parts)
-    return {"tokens": len(tokens), "dead_text_dimensions": int(dead.sum()), "captions_encoded": made}
+    made, cut = sum(count for _, count, _ in parts), sum(count for _, _, count in parts)
+    if cut:
+        log.warning(
+            "encode: %d of %d captions have more than max_tokens=%d tokens and were cut; raise data.encode.max_tokens and the "
+            "networks' prompt_max_tokens to keep them whole", cut, len(captions), config.max_tokens,
+        )  # fmt: skip
+    facts = {"tokens": len(tokens), "dead_text_dimensions": int(dead.sum()), "captions_encoded": made}
+    return facts | {"captions_cut": cut}
 
 
 # --- pictures ---

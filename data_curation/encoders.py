@@ -60,6 +60,15 @@ def encode_texts(texts: Sequence[str], max_tokens: int) -> list[NDArray[np.float
     return [out[place] for place in range(len(texts))]
 
 
+def cut_texts(texts: Sequence[str], states: Sequence[NDArray[np.float16]], max_tokens: int) -> int:
+    """How many of these texts have more tokens than `encode_texts` made features of."""
+    full = [text for text, own in zip(texts, states, strict=True) if len(own) == max_tokens]
+    if not full:
+        return 0
+    tokenizer, _ = _text_encoder()
+    return sum(len(ids) > max_tokens for ids in tokenizer(full, verbose=False)["input_ids"])
+
+
 def filled(places: Sequence[int], size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Batches of places: (those that are new, always `size` of them, the new ones first)."""
     parts = [places[start : start + size] for start in range(0, len(places), size)]

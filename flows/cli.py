@@ -54,7 +54,7 @@ def run(preset: Preset, set_: Set = None, root: Root = None, force: Force = None
 def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = None, as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Say which stages would run, and why; runs nothing."""
     from flows.dag import stage_specs
-    from flows.display import plan_lines
+    from flows.display import plan_lines, times_lines
     from flows.plan import plan as make_plan
     from infra.storage import open_store
 
@@ -63,7 +63,7 @@ def plan(preset: Preset, set_: Set = None, root: Root = None, force: Force = Non
     if as_json:
         say(json.dumps([row.model_dump(mode="json", exclude={"artifact"}) for row in rows]))
     else:
-        say("\n".join(plan_lines(rows, config.run)))
+        say("\n".join([*plan_lines(rows, config.run), *times_lines(config)]))
 
 
 @app.command()

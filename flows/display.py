@@ -9,11 +9,16 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TextIO
 
-from flows.config import RunConfig
+from flows.config import LifecycleConfig, RunConfig
 from flows.plan import PlanRow, cost, estimate
 from flows.run import Display, LogDisplay
+from models.networks.config import PrxConfig
+from models.pretraining.config import FlowMatchingConfig
+from models.pretraining.curriculum import Phase, phases_of
+from models.pretraining.densities import bars, histogram, shift_of
 
 LINE_SECONDS = 10.0
+HUB_FACTOR = 8  # pixels per latent along a side of the usual VAE
 _chosen: ContextVar[Display | None] = ContextVar("display", default=None)
 
 
@@ -129,6 +134,27 @@ def _room(rows: Sequence[PlanRow]) -> str:
     todo = [row for row in rows if row.state != "HIT"]
     memory, disk = max((row.memory_bytes or 0 for row in todo), default=0), sum(row.disk_bytes or 0 for row in todo)
     return (f", {memory / 1e9:.1f} GB of memory" if memory else "") + (f", {disk / 1e6:.0f} MB of disk" if disk else "")
+
+
+def times_lines(config: LifecycleConfig) -> list[str]:
+    """The training times of every stage of pre-training, phase by phase, at its largest side; a hub's VAE taken for one of 8 px."""
+    lines = []
+    for stage in config.pretrain:
+        shown = []
+        for phase in phases_of(stage):
+            side, tokens = _largest(stage, phase, config)
+            shares, k = histogram(tokens, phase.timesteps), shift_of(tokens, phase.timesteps)
+            shown.append(f"{bars(shares)} at {side} px, {tokens} tokens, shift {k:.3g}")
+        lines.append(f"times of {stage.name}, data to noise: {'; then '.join(shown)}")
+    return lines
+
+
+def _largest(stage: FlowMatchingConfig, phase: Phase, config: LifecycleConfig) -> tuple[int, int]:
+    """Side in pixels and tokens of a phase's largest square."""
+    latent = not isinstance(stage.network, PrxConfig) and (config.autoencoder is not None or config.model is not None)
+    factor = 1 if not latent else HUB_FACTOR if config.autoencoder is None else config.autoencoder.factor
+    side, patch = max(phase.select.resolutions), getattr(stage.network, "patch_size", 1)
+    return side, max(1, side // factor // patch) ** 2
 
 
 def run_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from infra.stages import StageContext
 from tasks.config import ReportConfig
 from tasks.headline import headline
 from tasks.report_data import data_part
-from tasks.report_parts import HEIGHT, WIDTH, Curve, curve, data_uri, load_metrics
+from tasks.report_parts import HEIGHT, WIDTH, Curve, curve, data_uri, load_metrics, times_rows
 from tasks.report_tables import (
     comparison_rows,
     distribution_table,
@@ -89,7 +89,7 @@ def render(
         distribution=distribution_table(ctx),
         gates=scores.get("gates", []), calibration=scores.get("calibration", {}),
         collapse={stage: detail["collapse"] for stage, detail in scores.get("detail", {}).items()},
-        curves=curves(ctx, trained), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),
+        curves=curves(ctx, trained), times=times_rows(ctx.parents), growth=training_grids(ctx, trained), funnel=funnel_rows(ctx.parents),
         data=data_part(config, ctx), truth=truth, lineage=lineage, exports=exports_of(ctx),
         seconds=sum(row["seconds"] for row in lineage), versions=versions(), provenance=provenance(ctx),
     )  # fmt: skip

@@ -6,10 +6,14 @@ import base64
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+from infra.artifacts import Artifact
+from models.pretraining.densities import bars
 
 WIDTH, HEIGHT = 320, 120
 
@@ -78,3 +82,9 @@ def shown(stored: bytes, side: int) -> str:
     with Image.open(io.BytesIO(stored)) as opened:
         large = max(opened.size) > side
     return thumbnail(stored, side) if large else data_uri(stored)
+
+
+def times_rows(parents: Mapping[str, Artifact]) -> list[tuple[str, str]]:
+    """(stage, histogram of its training times, data to noise) of every stage that drew times."""
+    shares = {role: artifact.facts.get("times") for role, artifact in parents.items()}
+    return [(role, bars(found)) for role, found in shares.items() if found]

@@ -28,6 +28,8 @@ from tasks.catalog import Catalog, stage_function
 
 log = logging.getLogger(__name__)
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 Status = Literal["ran", "reused"]
 Report = Callable[[str, int, int, Mapping[str, float]], None]  # (stage, done, total, metrics)
 
@@ -148,7 +150,7 @@ def _call(spec: StageSpec, run: Callable[..., dict[str, Any]], config: Config, c
     except LifecycleError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _disk_is_full(error):
             raise LifecycleError(
                 f"stage {spec.name!r} stopped: the disk under {context.scratch.parent} is full; free some space and run "
                 "again, it goes on from what it had done"
@@ -158,6 +160,13 @@ def _call(spec: StageSpec, run: Callable[..., dict[str, Any]], config: Config, c
             f"{context.scratch.parent}, running again goes on from there"
         ) from error
     return facts
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Also where safetensors tells the system's error in its words only."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)
 
 
 def _use_resources(job: Job) -> None:

@@ -24,9 +24,10 @@ from models.engine.weights import with_weights
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card, write_checkpoint
 from models.networks.codec import factor_of
+from models.networks.config import Sd3Config
 from models.networks.denoiser import Denoiser
 from models.networks.text_features import sd3_text_parts
-from models.pretraining.config import FlowMatchingConfig, ShiftConfig
+from models.pretraining.config import FlowMatchingConfig, ShiftConfig, TimestepConfig
 from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
 from models.pretraining.densities import histogram
 from models.pretraining.encoder_free import Dispersive, SelfAlignment
@@ -36,10 +37,10 @@ from models.pretraining.validation import Validation
 from models.sampling.generate import Generator
 from tasks import averages
 from tasks.adapted import Finished, adapt
+from tasks.training_checks import refuse_other_space, refuse_other_text, refuse_uneven
 from tasks.training_data import TrainingData
 
 GRID_PROMPTS = 12
-PIXEL_CHANNELS = 3
 PAST = "past-"  # roles of the training sets that continued training replays, the first one first
 
 
@@ -110,6 +111,10 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     scale = past[0] if past else data  # a model keeps the scale of its text features from its first training set on
     train_config, init = config.train, ctx.inputs.get("init")
     card, frozen = card_of(config, init), init or ctx.inputs.get("frozen")
+    network = init or frozen if isinstance(config.network, Sd3Config) else init
+    for each in (data, *past):
+        folder = None if network is None else network / "transformer"
+        refuse_other_text(config.network, folder, each, card.prompt_max_tokens, config.name)
     if init is not None:
         denoiser = families.load(init / "transformer", card, scale.text_mean, scale.text_std)
         refuse_distilled(init, config.name)
@@ -124,6 +129,7 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
     refuse_other_space(denoiser, data, config.name)
     adapt(denoiser, config.lora, train_config.seed, init)
     phases = phases_of(config)
+    refuse_uneven(phases, train_config.accumulate, config.name)
     for each in (data, *past):
         each.text_parts = text_parts(config, phases, card, frozen, each)
     repa = alignment(config, denoiser, data, phases)
@@ -160,8 +166,13 @@ def card_of(config: FlowMatchingConfig, init: Path | None) -> SamplingCard:
     return SamplingCard.model_validate({
         "steps": config.sampling.steps, "guidance": config.sampling.guidance, "side": config.sampling.side,
         "sampler": config.sampling.sampler, "prompt_max_tokens": config.network.prompt_max_tokens, **kept,
-        **{name: getattr(config.timesteps, name) for name in ShiftConfig.model_fields},
+        **{name: getattr(last_times(config), name) for name in ShiftConfig.model_fields},
     })  # fmt: skip
+
+
+def last_times(config: FlowMatchingConfig) -> TimestepConfig:
+    """The times the stage ends with, whose shift the trained model is sampled with."""
+    return phases_of(config)[-1].timesteps
 
 
 def text_parts(
@@ -177,16 +188,6 @@ def text_parts(
         )
     _, num_rows, dim = data.null()[0].shape
     return sd3_text_parts(frozen, num_rows, dim)
-
-
-def refuse_other_space(denoiser: Denoiser, data: TrainingData, stage: str) -> None:
-    """A denoiser of latents needs a training set with latents, one of pixels a set without."""
-    if (data.scaling is None) != (denoiser.channels == PIXEL_CHANNELS):
-        has = "no latents" if data.scaling is None else "latents"
-        raise ConfigError(
-            f"stage {stage!r}: its network takes {denoiser.channels} channels, but its training set has {has}; "
-            "pixels need the encode stage's set, latents the features stage's"
-        )
 
 
 def curriculum_batches(
@@ -217,7 +218,7 @@ def alignment(
             return SelfAlignment(repa, Projector(width, repa.hidden, width, seed), denoiser, steps)
         case "teacher" if repa.teacher == "cached":
             widths = {data.teacher_dim(phase.select) for phase in phases if phase.repa}
-            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps)
+            return Repa(repa, projector_of(repa, width, widths.pop(), seed), steps, patch_size=patch)
         case "teacher":
             from models.pretraining.teachers import teacher_of
 
@@ -226,9 +227,9 @@ def alignment(
 
 
 def times_shown(config: FlowMatchingConfig, denoiser: Denoiser, factor: int) -> list[float]:
-    """Shares of the training times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
+    """Shares of the last phase's times in tenths of [0, 1], data to noise, at the sampling side; `factor` px per latent."""
     tokens = (config.sampling.side // factor // denoiser.patch_size) ** 2
-    return histogram(tokens, config.timesteps)
+    return histogram(tokens, last_times(config))
 
 
 def fixed_prompts(data: TrainingData) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from infra.config import Config
 from infra.stages import IF_SET, UNVERSIONED
+
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -15,7 +17,7 @@ class OptimizerConfig(Config):
 
     muon_lr: float | None = Field(default=0.01, gt=0, description="Muon learning rate (update RMS matched to AdamW)")
     adamw_lr: float = Field(default=1.5e-3, gt=0, description="AdamW learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decays")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW moment decays")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of both optimizers")
     warmup_steps: int = Field(default=50, ge=0, description="Steps of linear warm-up")
     decay_from: float = Field(

@@ -23,7 +23,7 @@ from models.engine.config import TrainConfig
 from models.engine.distribute import average_gradients, average_scalars, barrier, broadcast_parameters, world
 from models.engine.ema import SNAPSHOT_GAMMAS, PowerEma
 from models.engine.meter import Meter
-from models.engine.objective import Batch, Objective, divided
+from models.engine.objective import SKIPPED, Batch, Objective, divided, mean_row
 from models.engine.optim import PlayerOptimizer
 from models.engine.precision import autocast
 from models.engine.randomness import Randomness
@@ -161,8 +161,8 @@ class Trainer:
             average_gradients([p for p in self.trainable[name] if not is_cut(p)])
             norm, moved = self.optimizers[name].step(self.step)
             self._count_skipped(name, moved, batch)
-            numbers |= {f"{prefix}{key}": value for key, value in sums.items()}
-            numbers[f"{prefix}gradient_norm"] = norm
+            told = {**sums, "gradient_norm": norm} if moved else {SKIPPED: 1.0}
+            numbers |= {f"{prefix}{key}": value for key, value in told.items()}
             self.emas[name].update()
             for player, ema in self.tracked.values():
                 if player == name:
@@ -232,7 +232,7 @@ def train(
             trainer.step = step + 1
             last = trainer.step == config.steps
             if trainer.step % config.log_every == 0 or last:
-                row = divided(average_scalars({key: sum(values) / len(values) for key, values in window.items()}))
+                row = divided(average_scalars(mean_row(window)))
                 window.clear()
                 if measure is not None:
                     with meter.spent("look"):

@@ -14,6 +14,7 @@ from torch import nn
 from models.engine.randomness import Randomness
 
 SUM, COUNT = "\tsum", "\tcount"  # ends of the keys of a ratio's two numbers
+SKIPPED = "skipped_steps"  # end of the key of the steps a player did not move in
 
 
 @dataclass
@@ -70,6 +71,11 @@ class Loss:
         for key, (total, number) in self.ratios.items():
             numbers |= {f"{key}{SUM}": float(total), f"{key}{COUNT}": float(number)}
         return numbers
+
+
+def mean_row(window: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Means over the steps in which a number was told; of skipped steps, which told no other, how many."""
+    return {key: sum(values) if key.endswith(SKIPPED) else sum(values) / len(values) for key, values in window.items()}
 
 
 def divided(row: dict[str, float]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -23,6 +23,15 @@ class PrxShape(Config):
     theta: int = Field(default=100, ge=1, description="RoPE base; small pictures want a small one")
     text_dim: int = Field(default=384, ge=1, description="Width of the text encoder's features")
     prompt_max_tokens: int = Field(default=64, ge=8, description="Prompt length the exported pipeline pads to")
+
+    @model_validator(mode="after")
+    def _heads_turn(self) -> Self:
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of 4 x num_heads={self.num_heads}; a head needs an even "
+                "number of channels for each of height and width"
+            )
+        return self
 
 
 class PrxConfig(PrxShape):
@@ -48,6 +57,14 @@ class Sd3Config(Config):
     patch_size: int = Field(default=2, ge=1, description="Side of a square patch in latents")
     largest: int = Field(default=192, ge=1, description="Most patches along a side that have a place")
     prompt_max_tokens: int = Field(default=256, ge=8, le=512, description="T5 tokens; 256 is the pipeline's default")
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; make it one"
+            )
+        return self
 
 
 class UNetConfig(Config):

@@ -27,10 +27,13 @@ class Phase:
 
 
 def phases_of(config: FlowMatchingConfig) -> tuple[Phase, ...]:
-    """The stage's phases in order; one when it has no curriculum."""
+    """The stage's phases in order; one when it has no curriculum. ValueError where a phase has no place in the stage."""
     train = config.train
     if not config.curriculum:
         return (Phase(config.timesteps, 0, train.batch_size, config.select, True, config.tread),)
+    starts = [part.from_samples for part in config.curriculum]
+    if starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(f"curriculum begins its phases at {starts} samples; begin at 0 and rise")
     phases: list[Phase] = []
     seen = step = 0
     for part in config.curriculum:
@@ -43,11 +46,16 @@ def phases_of(config: FlowMatchingConfig) -> tuple[Phase, ...]:
                 f"stage {config.name!r} ends after {train.steps} steps, before its phase from {part.from_samples} samples "
                 f"begins at step {step}; raise train.steps or begin the phase earlier"
             )
+        if (batch_size := batch_size_of(part, config)) % train.accumulate:
+            raise ValueError(
+                f"stage {config.name!r}: its phase from {part.from_samples} samples has batch_size={batch_size}, no multiple "
+                f"of accumulate={train.accumulate}; give that phase a batch_size that is one"
+            )
         phases.append(
             Phase(
                 part.timesteps or config.timesteps,
                 step,
-                batch_size_of(part, config),
+                batch_size,
                 part.select or config.select,
                 part.repa,
                 part.tread or config.tread,

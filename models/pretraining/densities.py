@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import assert_never
 
@@ -74,8 +75,7 @@ def histogram(tokens: int, config: TimestepConfig, bins: int = 10) -> list[float
     return [round(high - low, 4) for low, high in itertools.pairwise(edges)]
 
 
-def bars(tokens: int, config: TimestepConfig, bins: int = 10) -> str:
-    """The histogram as one line of block characters, data (t = 0) to noise (t = 1)."""
-    shares = histogram(tokens, config, bins)
+def bars(shares: Sequence[float]) -> str:
+    """A histogram as one line of block characters, data (t = 0) to noise (t = 1)."""
     top = max(shares)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * share / top)] for share in shares)

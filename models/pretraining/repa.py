@@ -110,11 +110,18 @@ class Repa:
 
     def prepare(self, batch: Batch, rng: Randomness) -> Batch:
         """Features of the batch's pictures, if they did not come with it."""
+        _, _, height, width = batch.images.shape
+        h, w = height // self.patch_size, width // self.patch_size
+        if batch.teacher is not None and batch.teacher.shape[1:3] != (h, w):
+            _, rows, columns, _ = batch.teacher.shape
+            raise ValueError(
+                f"rows {list(batch.rows) or 'unknown'} have a teacher grid of {rows}x{columns}, but pictures of "
+                f"{height}x{width} in patches of {self.patch_size} are {h}x{w} tokens (height x width); encode their features again"
+            )
         if batch.teacher is not None or self.teacher is None:
             return batch
-        _, _, h, w = batch.images.shape
         with torch.no_grad():
-            features = self.teacher(batch.images, (h // self.patch_size, w // self.patch_size))
+            features = self.teacher(batch.images, (h, w))
         return replace(batch, teacher=features)
 
     def term(self, hidden: torch.Tensor, batch: Batch, route: Route | None) -> torch.Tensor:

@@ -18,6 +18,8 @@ from models.pretraining.repa import Teacher
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+HALF_A_LEVEL = 1 / 255  # cached features are of (p - 127) / 128, a picture in [-1, 1] is (p - 127.5) / 127.5
+
 
 def teacher_of(name: str, revision: str | None = None) -> tuple[Teacher, int]:
     """(teacher, width of its features) for `packaged` or a repository id or folder."""
@@ -36,7 +38,7 @@ class PackagedTeacher:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Features [B, h, w, 40] of pictures [B, 3, H, W] in [-1, 1]."""
-        features: torch.Tensor = self.encoder(images)[-1]
+        features: torch.Tensor = self.encoder(images + HALF_A_LEVEL)[-1]
         if tuple(features.shape[-2:]) != grid:
             features = F.interpolate(features, grid, mode="bilinear", antialias=True, align_corners=False)
         return features.permute(0, 2, 3, 1)

@@ -13,7 +13,7 @@ from PIL import Image
 from data_curation import encode_shards
 from data_curation.config import EncodeConfig
 from data_curation.encode import encode
-from data_curation.encoders import TEXT_BATCH, crop_box, encode_texts, filled, teacher_features
+from data_curation.encoders import TEXT_BATCH, crop_box, cut_texts, encode_texts, filled, teacher_features
 from data_curation.manifest import ROWS_SCHEMA, Row, write_manifest, write_table
 from infra.artifacts import folder_digest
 from infra.stages import StageContext
@@ -130,6 +130,21 @@ def test_texts_are_those_of_the_model_and_are_cut_at_the_limit() -> None:
     assert [len(states) for states in encode_texts([long, "", "red"], 16)] == [16, 2, 3]
     assert len(filled(range(TEXT_BATCH + 1), TEXT_BATCH)) == 2
     assert filled([5, 6, 7], 2) == [([5, 6], [5, 6]), ([7], [7, 7])]
+
+
+def test_captions_that_are_cut_are_counted_and_told(encoded, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`a a a a a a` has eight tokens with the two at its ends, and one word more has nine; what is kept already counts too."""
+    said = ["a " * count for count in (6, 7, 8)]
+    made = [row | {"caption_short": text, "caption_long": text} for row, text in zip(rows(3), said, strict=True)]
+    for _ in range(2):
+        caplog.clear()
+        encoded(made, tmp_path / "root", max_tokens=8)
+        assert "2 of 4 captions have more than max_tokens=8 tokens and were cut; raise data.encode" in caplog.text
+    caplog.clear()
+    encoded(made, tmp_path / "root", max_tokens=10)
+    assert "were cut" not in caplog.text
+    states = encode_texts(said, 8)
+    assert cut_texts(said, states, 8) == 2
 
 
 def test_the_crop_is_the_greatest_of_its_shape_in_the_middle() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from flows.config import LifecycleConfig, RunConfig
 from flows.dag import stage_specs
-from flows.display import LineDisplay, clock, plan_lines
+from flows.display import LineDisplay, clock, plan_lines, times_lines
 from flows.plan import PlanRow
 from infra.errors import ConfigError
 
@@ -54,3 +54,21 @@ def test_lines_say_where_and_how_long(capsys):
         PlanRow(stage="bb", state="RUN", reason="not made yet"),
     ]
     assert plan_lines(rows)[-1] == "1 of 2 stages to run, about 0 s, 1 never timed"
+
+
+def test_a_plan_shows_the_training_times_of_every_phase():
+    uniform = {"density": "uniform", "shift": "none"}
+    stages = [
+        {"name": "flat", "timesteps": uniform},
+        {"name": "grows", "train": {"steps": 100, "batch_size": 4}, "select": {"resolutions": [32]}, "curriculum": [
+            {"from_samples": 0},
+            {"from_samples": 40, "select": {"resolutions": [64]}, "timesteps": {**uniform, "shift": "sqrt_tokens"}},
+        ]},
+    ]  # fmt: skip
+    flat, grows = times_lines(LifecycleConfig.model_validate({"pretrain": stages}))
+    assert flat == "times of flat, data to noise: ██████████ at 32 px, 64 tokens, shift 1"
+    low, high = grows.removeprefix("times of grows, data to noise: ").split("; then ")
+    assert low == "▂▄▆▇██▇▆▄▂ at 32 px, 64 tokens, shift 1"
+    assert high.endswith("at 64 px, 256 tokens, shift 2")
+    assert sorted(high[:10]) == list(high[:10])  # more noise: shares of t' = 2 u / (1 + u) rise
+    assert high[0] < high[9]

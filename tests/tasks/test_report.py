@@ -279,3 +279,11 @@ def test_prompts_are_shown_as_typed_and_as_rewritten_and_escaped(context: StageC
     assert "as rewritten 0.875" in page and "3 of 3" in page and 'href="#prompts"' in page
     assert page.count('<td style="text-align:left;min-width:14rem">a big cat') == 1  # pictures of the first row only
     assert "<script" not in page
+
+
+def test_the_training_times_are_drawn(context: StageContext) -> None:
+    report(ReportConfig(), context)
+    assert "training times" not in (context.out / "report.html").read_text()
+    drawn = context.parents["pretrain"].model_copy(update={"facts": {"times": [0.05, 0.2, 0.35, 0.4]}})
+    report(ReportConfig(), replace(context, parents={**context.parents, "pretrain": drawn}))
+    assert "tenths, data to noise: pretrain <code>▂▅▇█</code></p>" in (context.out / "report.html").read_text()

@@ -11,6 +11,7 @@ from transformers import Dinov2Config, Dinov2Model
 from data_curation.encoders import teacher_features
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
+from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks.routing import Route
 from models.pretraining.config import FlowMatchingConfig, RepaConfig, TimestepConfig
@@ -121,16 +122,23 @@ def test_routed_tokens_come_back_and_repa_sees_the_kept_ones(tiny, batches) -> N
 
 
 def test_features_made_on_the_way_are_the_cached_ones() -> None:
-    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    doubled = nn.functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
-    pixels = ((doubled + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    cached = torch.from_numpy(teacher_features(pixels)).float()
-    fresh = PackagedTeacher()(images, (8, 12))
-    assert fresh.shape == cached.shape == (2, 8, 12, 40)
-    assert float(nn.functional.cosine_similarity(fresh, cached, dim=-1).min()) > 0.98
-    repa = Repa(RepaConfig(), Projector(6, 8, 40, 0), 10, PackagedTeacher())
-    hidden = torch.randn(2, 96, 6, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(repa(hidden, fresh), repa(hidden, PackagedTeacher()(images, (8, 12))))
+    """Levels that are multiples of 16, so that the doubled picture the encoder sees has whole levels: the cached one's."""
+    levels = 16 * torch.randint(0, 16, (3, 3, 32, 48), generator=torch.Generator().manual_seed(0)).float()
+    doubled = nn.functional.interpolate(levels, scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.equal(doubled, doubled.round())
+    cached = torch.from_numpy(teacher_features(doubled.byte().permute(0, 2, 3, 1).numpy()))
+    assert cached.dtype == torch.float16
+    images, grid = levels / 127.5 - 1, (8, 12)
+    fresh = PackagedTeacher()(images, grid)
+    torch.testing.assert_close(fresh, cached.float(), rtol=2**-10, atol=2**-10)  # an fp16's rounding
+    hidden, config = torch.randn(3, 96, 6, generator=torch.Generator().manual_seed(1)), RepaConfig()
+    on_the_way = Repa(config, Projector(6, 8, 40, 0), 10, PackagedTeacher())
+    stored = Repa(config, Projector(6, 8, 40, 0), 10)
+    batch = Batch(images, torch.zeros(3, 1, 1), torch.ones(3, 1, dtype=torch.bool), (0, 1, 2))
+    rng = Randomness(0, 0, batch.slots)
+    terms = [repa.term(hidden, repa.prepare(given, rng), None)
+             for repa, given in ((on_the_way, batch), (stored, replace(batch, teacher=cached)))]  # fmt: skip
+    torch.testing.assert_close(terms[0], terms[1], rtol=0, atol=1e-5)
 
 
 def test_a_vision_transformer_from_a_folder_on_a_non_square_grid(tmp_path: Path) -> None:
@@ -152,6 +160,16 @@ def test_a_vision_transformer_from_a_folder_on_a_non_square_grid(tmp_path: Path)
     [
         ({"repa": {"layer": 6}}, "repa.layer=6 but the network has depth=6"),
         ({"repa": {"coefficient": -1}}, "greater than or equal to 0"),
+        ({"repa": {"layer": -1}}, "greater than or equal to 0"),
+        ({"tread": {"first": -1}}, "greater than or equal to 0"),
+        ({"train": {"optimizer": {"betas": (0.9, 1.5)}}}, "less than 1"),
+        ({"train": {"optimizer": {"betas": (-0.1, 0.95)}}}, "greater than or equal to 0"),
+        ({"network": {"hidden_size": 130}}, "hidden_size=130 is not a multiple of 4 x num_heads=4; a head needs"),
+        ({"network": {"hidden_size": 132, "num_heads": 22}}, "not a multiple of 4 x num_heads=22"),
+        (
+            {"network": {"kind": "sd3", "hidden_size": 130, "num_heads": 4}},
+            "hidden_size=130 is not a multiple of num_heads=4",
+        ),
         ({"repa": {"target_layer": 9}}, "repa.target_layer=9"),
         ({"tread": {"share": 1.0}}, "less than 1"),
         ({"tread": {"first": 1, "last": 6}}, "tread.last=6 but the network has depth=6"),

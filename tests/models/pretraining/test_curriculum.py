@@ -42,7 +42,16 @@ def test_a_phase_begins_when_its_samples_were_seen_and_keeps_the_tokens_per_step
 def test_impossible_curricula_are_refused() -> None:
     late = {**CURRICULUM, "curriculum": [{"from_samples": 0}, {"from_samples": 48}]}
     with pytest.raises(ValueError, match="ends after 12 steps, before its phase from 48 samples"):
-        phases_of(FlowMatchingConfig.model_validate(late))
+        FlowMatchingConfig.model_validate(late)
+    uneven = {**CURRICULUM, "train": {**TRAIN, "batch_size": 12, "accumulate": 4}}
+    later = {"from_samples": 24, "batch_size": 6}
+    with pytest.raises(ValueError, match="phase from 24 samples has batch_size=6, no multiple of accumulate=4; give"):
+        FlowMatchingConfig.model_validate({**uneven, "curriculum": [{"from_samples": 0}, later]})
+    grown = {"from_samples": 24, "select": {"resolutions": [48]}}  # 12 x (32 / 48)^2 is 5
+    with pytest.raises(ValueError, match="batch_size=5, no multiple of accumulate=4"):
+        FlowMatchingConfig.model_validate({**uneven, "curriculum": [{"from_samples": 0}, grown]})
+    even = {**uneven, "curriculum": [{"from_samples": 0}, {**later, "batch_size": 8}]}
+    assert [phase.batch_size for phase in phases_of(FlowMatchingConfig.model_validate(even))] == [12, 8]
     with pytest.raises(ValueError, match="begin at 0 and rise"):
         FlowMatchingConfig.model_validate({"curriculum": [{"from_samples": 5}]})
 
@@ -52,14 +61,18 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-@pytest.mark.parametrize("cuts", [(2, 5), (4, 7), (5, 6), (6, 11)], ids=str)  # 4: curriculum edge, 6: REPA's stop
-def test_resume_twice_is_exact_at_every_edge(cuts, threads, tiny, batches, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cuts", "stop"),  # the second phase begins at step 4 and has no REPA, so its stop is before that or never seen
+    [((2, 5), 4), ((4, 7), 4), ((5, 11), 4), ((2, 3, 4), 3)],
+    ids=str,
+)
+def test_resume_twice_is_exact_at_every_edge(cuts, stop, threads, tiny, batches, tmp_path: Path) -> None:
     config = FlowMatchingConfig.model_validate(CURRICULUM)
     phases = phases_of(config)
     settings = config.train.model_copy(update={"loader_threads": threads, "optimizer": OptimizerConfig(warmup_steps=2)})
 
     def run(folder: Path, cut: int | None):
-        repa = Repa(RepaConfig(layer=0, until=0.5), Projector(32, 8, 10, 3), 12)
+        repa = Repa(RepaConfig(layer=0, until=stop / 12), Projector(32, 8, 10, 3), 12)
         objective = FlowMatching(tiny(0), TimestepConfig(base_tokens=4), repa, phases=phases, bins=4)
 
         def batch(step: int) -> Batch:
@@ -75,6 +88,7 @@ def test_resume_twice_is_exact_at_every_edge(cuts, threads, tiny, batches, tmp_p
             run(tmp_path / "broken", cut)
     resumed = run(tmp_path / "broken", None)
     assert straight.rows == resumed.rows
+    assert ["repa" in row for row in straight.rows] == [step < stop for step in range(12)]
     assert any("flow t=0.5-0.75" in row for row in straight.rows)
     for name, value in straight.players["denoiser"].state_dict().items():
         assert torch.equal(value, resumed.players["denoiser"].state_dict()[name])

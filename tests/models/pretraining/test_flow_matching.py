@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,17 @@ def test_repa_ignores_the_teachers_scale_and_reads_its_order() -> None:
     torch.testing.assert_close(repa(hidden, -own), torch.full((2,), 2.0))
     with pytest.raises(ValueError, match="teacher grid 3x3 has 9 cells but the denoiser has 6 tokens"):
         repa(hidden, torch.randn(2, 3, 3, 5))
+
+
+def test_repa_names_the_rows_whose_features_lie_on_another_grid(tiny, batches) -> None:
+    """8 x 12 px in patches of 4 are 2 x 3 tokens; 3 x 2 cells are as many."""
+    repa = Repa(RepaConfig(layer=1), Projector(32, 8, 10, 0), steps=10)
+    objective = FlowMatching(tiny(0), TimestepConfig(), repa)
+    batch = replace(batches(0), rows=(7, 8, 9, 10))
+    objective.prepare(batch, Randomness(0, 0, batch.slots))
+    turned = replace(batch, teacher=batch.teacher.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"rows \[7, 8, 9, 10\] have a teacher grid of 3x2, .* are 2x3 tokens"):
+        objective.prepare(turned, Randomness(0, 0, batch.slots))
 
 
 def test_repa_reaches_only_the_blocks_below_and_stops(tiny, batches) -> None:

@@ -113,7 +113,7 @@ def test_histograms_add_up_and_lean_towards_noise() -> None:
     shares = histogram(64, TimestepConfig(mean=0.6))
     assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert sum(shares[5:]) > 0.7
-    assert len(bars(64, TimestepConfig(), 8)) == 8
+    assert len(bars(histogram(64, TimestepConfig(), 8))) == 8
 
 
 @pytest.mark.parametrize(
