@@ -49,6 +49,11 @@ class Intent:
         asked = of_kind(prompt, NUMBERS | COLOURS)
         return [*rare(prompt, self.known, self.triggers), *negated(prompt), *sorted(asked)]
 
+    def kept(self, prompt: str, revised: str) -> list[bool]:
+        """Whether each protected span is in the rewrite: as written, colours and numbers in any case."""
+        listed = of_kind(revised, NUMBERS | COLOURS)
+        return [span in listed or span in revised for span in self.protected(prompt)]
+
     def fault(self, prompt: str, revised: str) -> str | None:
         """Why the rewrite may not replace the prompt; None if it may."""
         return next(self._faults(prompt, revised), None)

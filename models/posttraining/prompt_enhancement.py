@@ -49,6 +49,11 @@ class Enhanced:
     reason: str | None = None
 
 
+def spans_kept(intent: Intent, made: Sequence[Enhanced]) -> list[bool]:
+    """Of each protected span of the prompts that were rewritten, whether it came back; a returned prompt proves nothing."""
+    return [kept for each in made if each.reason is None for kept in intent.kept(unframed(each.original), each.revised)]
+
+
 class Rewriter(Protocol):
     """Proposes a rewrite, or says why it has none."""
 
