@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("training_speed", "kill_resume", "corruption", "download", "hostile_input", "near_duplicates", "curation_truth", "image_hashing", "loader", "manifest_scale", "time_to_quality", "preference", "reward_model", "personalization",
+NAMES = ("training_speed", "kill_resume", "corruption", "download", "hostile_input", "near_duplicates", "curation_truth", "image_hashing", "loader", "manifest_scale", "time_to_quality", "preference", "reward_model", "prompt_enhancement", "personalization",
          "distillation", "orchestration", "serving")  # fmt: skip
 
 

@@ -6,6 +6,7 @@ table. A label is how much the first picture is preferred: 1, 0, or 0.5 for a ti
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator
@@ -50,8 +51,23 @@ def read_comparisons(table: Path, side: int) -> tuple[list[Compared], dict[str, 
             dropped[found] += 1
         else:
             kept.append(found)
-    assert len(kept) + sum(dropped.values()) == rows.num_rows
-    return kept, dict(dropped)
+    agreed = without_contradictions(kept)
+    if contradicted := len(kept) - len(agreed):
+        dropped["contradicted"] = contradicted
+    assert len(agreed) + sum(dropped.values()) == rows.num_rows
+    return agreed, dict(dropped)
+
+
+def without_contradictions(rows: list[Compared]) -> list[Compared]:
+    """The rows but those whose two pictures also stand the other way round under the same prompt; neither side is believed."""
+    keys = [(row.prompt, hash_of(row.winner), hash_of(row.loser)) for row in rows]
+    there = set(keys)
+    return [row for row, (prompt, won, lost) in zip(rows, keys, strict=True) if (prompt, lost, won) not in there]
+
+
+def hash_of(picture: np.ndarray) -> str:
+    """sha256 of the pixels."""
+    return hashlib.sha256(picture.tobytes()).hexdigest()
 
 
 def _column(names: list[str], wanted: tuple[str, ...], table: Path) -> str:

@@ -125,10 +125,13 @@ def draw(run_id: str, prompts: Sequence[str], stage: str | None, seed: int, out:
     folder = store.local(checkpoint)
     from PIL import Image
 
+    from models.networks.text_features import warn_of_cut
     from models.sampling.generate import load_generator
     from tasks.lineage import stamp
 
-    pictures = load_generator(folder).sample(list(prompts), [seed] * len(prompts))
+    generator = load_generator(folder)
+    warn_of_cut(prompts, generator.around.encode)
+    pictures = generator.sample(list(prompts), [seed] * len(prompts))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{number:02}-{seed}.png" for number in range(len(prompts))]
     for path, picture, prompt in zip(paths, pictures, prompts, strict=True):
@@ -152,7 +155,8 @@ def enhanced(run_id: str, prompts: Sequence[str], stage: str | None, root: str) 
     from models.posttraining.enhancer_files import load_enhancer
 
     trigger = read_card(checkpoint).trigger
-    enhancer = load_enhancer(store.local(found), () if trigger is None else (trigger,))
+    kept = home_of(root).with_name(".prompts")  # a chat model is asked once for a prompt
+    enhancer = load_enhancer(store.local(found), () if trigger is None else (trigger,), kept)
     return [enhancer.enhance(prompt) for prompt in prompts]
 
 

@@ -23,7 +23,7 @@ from models.posttraining.caption_pairs import PairSource, addable, sound, vocabu
 from models.posttraining.config import PromptEnhancerConfig
 from models.posttraining.enhancer_files import CARD, EnhancerCard, listing_digest, load_enhancer
 from models.posttraining.intent import Intent
-from models.posttraining.prompt_enhancement import PromptRewriting, batch_of
+from models.posttraining.prompt_enhancement import PromptRewriting, batch_of, spans_kept
 from tasks.training_data import local_slots
 
 LOOKED_AT = 100  # prompts made of validation captions that the finished enhancer rewrites
@@ -98,7 +98,7 @@ def looked_at(
     prompts = [unseen.pair(0, i, int(row), slots=False).short for i, row in enumerate(rows)]
     enhancer = load_enhancer(ctx.out)
     made = [enhancer.enhance(prompt) for prompt in prompts]
-    kept = [span.lower() in e.revised.lower() for e in made for span in enhancer.intent.protected(e.original)]
+    kept = spans_kept(enhancer.intent, made)
     lines = [json.dumps({"original": e.original, "revised": e.revised, "reason": e.reason}) for e in made]
     (ctx.out / "examples.jsonl").write_text("".join(line + "\n" for line in lines))
     return {

@@ -26,7 +26,7 @@ from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
 from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
-from models.networks.text_features import Encode, PackagedText
+from models.networks.text_features import Encode, PackagedText, warn_of_cut
 from models.posttraining.clip_reward import ClipReward
 from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
@@ -117,6 +117,7 @@ class Prompts:
 
 def features_of(captions: Sequence[str], encode: Encode) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [N, T, D] and mask [N, T] of captions, no longer than the longest."""
+    warn_of_cut(captions, encode)
     features = [encode(captions[at : at + 64]) for at in range(0, len(captions), 64)]
     tokens, mask = (torch.cat(part) for part in zip(*features, strict=True))
     longest = int(mask.sum(1).max())

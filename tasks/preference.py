@@ -26,6 +26,7 @@ from models.evaluation.judge import Judge
 from models.networks import families
 from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
+from models.networks.text_features import warn_of_cut
 from models.posttraining.clip_reward import hub_scores
 from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
@@ -219,6 +220,7 @@ def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]
     pictures, prompts = {"winner": pairs.winner, "loser": pairs.loser}, list(pairs.prompts)
     distinct = list(dict.fromkeys(prompts))
     around = families.surroundings(ctx.inputs["init"], read_card(ctx.inputs["init"]))
+    warn_of_cut(distinct, around.encode)
     encoded = [around.encode(distinct[at : at + CHUNK]) for at in range(0, len(distinct), CHUNK)]
     tokens, mask = (torch.cat(part) for part in zip(*encoded, strict=True))
     longest = int(mask.sum(1).max())

@@ -21,7 +21,7 @@ from models.evaluation.prompt_categories import Asked, by_category, seen
 from models.networks.checkpoint import read_card
 from models.posttraining.config import PromptCheckConfig
 from models.posttraining.enhancer_files import load_enhancer
-from models.posttraining.prompt_enhancement import Enhanced
+from models.posttraining.prompt_enhancement import Enhanced, spans_kept
 from models.sampling.generate import load_generator
 
 SHOWN = 16  # prompts whose pictures are kept
@@ -89,7 +89,7 @@ def prompt_check(config: PromptCheckConfig, ctx: StageContext) -> dict[str, Any]
             "rewritten": generator.sample([e.revised for e in made], seeds, batch_size=config.batch_size),
         }
         right = {name: judged(judge, typed, images) for name, images in drawn.items()}
-    kept = [span.lower() in e.revised.lower() for e in made for span in enhancer.intent.protected(e.original)]
+    kept = spans_kept(enhancer.intent, made)
     facts = scores(typed, right) | {
         "rewritten": sum(e.reason is None for e in made), "protected": len(kept), "protected_kept": sum(kept),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from models.networks.discriminator import text_vector
 from models.posttraining.alignment import Neighbours
 from models.posttraining.calibration import calibration_error, kept_probability, temperature
 from models.posttraining.config import RewardModelConfig
-from models.posttraining.preference_pairs import TRAIN, read_pairs
+from models.posttraining.preference_pairs import TRAIN, plain, read_pairs
 from models.posttraining.reward_model import BradleyTerry, RewardModel, Scorer, small
 from tasks.training_data import TrainingData, to_model
 
@@ -58,8 +58,8 @@ class Curated:
 
 
 def part_of(prompt: str, validation: float, calibration: float, seed: int) -> str:
-    """By the prompt alone, so that no prompt is on two sides: train, or a part of the validation share."""
-    place = derive_seed(seed, "split", prompt) % 10_000 / 10_000
+    """By the prompt alone, case and whitespace aside, so that none is on two sides: train, or a part of the validation share."""
+    place = derive_seed(seed, "split", plain(prompt)) % 10_000 / 10_000
     if place >= validation:
         return "train"
     return "calibrate" if place < validation * calibration else "report"

@@ -30,6 +30,7 @@ from models.networks.text_features import sd3_text_parts
 from models.pretraining.config import FlowMatchingConfig, ShiftConfig, TimestepConfig
 from models.pretraining.curriculum import Phase, phase_at, phases_of, samples_seen
 from models.pretraining.densities import histogram
+from models.pretraining.early_stop import EarlyStop
 from models.pretraining.encoder_free import Dispersive, SelfAlignment
 from models.pretraining.flow_matching import FlowMatching
 from models.pretraining.repa import Alignment, Projector, Repa, projector_of
@@ -141,13 +142,16 @@ def flow_matching(config: FlowMatchingConfig, ctx: StageContext) -> dict[str, An
         return averaged(trainer, "denoiser", denoiser, "denoiser.")
 
     model_of = Finished(trained, config.lora, init)
-    prompts, validation = fixed_prompts(data), None
+    prompts, validation, watch = fixed_prompts(data), None, None
     if config.validation is not None:
         held_out = data.held_out(phases[-1].select, config.validation.pictures)
         validation = Validation(denoiser, held_out, config.validation.every, train_config.seed)
-    facts = run_training(objective, batches, train_config, ctx, model_of, card, prompts, None, frozen, validation)
+        watch = None if config.validation.patience is None else EarlyStop(validation, config.validation.patience)
+    facts = run_training(objective, batches, train_config, ctx, model_of, card, prompts, watch, frozen, validation)
     if validation is not None:
         facts["validation"] = {k: v for k, v in facts["last"].items() if k.startswith("validation")}
+    if watch is not None:
+        facts["early_stop"] = watch.report()
     model_of.write_adapter(ctx)
     times = times_shown(config, denoiser, 1 if frozen is None else factor_of(frozen))
     return facts | {"samples": samples_seen(phases, facts["steps"]), "times": times}

@@ -105,12 +105,15 @@ class InstructModel:
         self.seconds = seconds
 
     @torch.inference_mode()
-    def answer(self, system: str, prompt: str, max_new_tokens: int) -> str:
-        """The model's answer to one message, cut after `seconds`."""
+    def answer(self, system: str, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+        """The model's answer to one message, cut after `seconds`; and whether it came to its end."""
         turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         asked = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
         out = self.model.generate(**asked, max_new_tokens=max_new_tokens, do_sample=False, max_time=self.seconds)
-        text: str = self.tokenizer.decode(out[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text
+        said = out[0, asked["input_ids"].shape[1] :]
+        ends = self.model.generation_config.eos_token_id
+        ended = bool(len(said)) and int(said[-1]) in (ends if isinstance(ends, list) else [ends])
+        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
+        return text, ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from models.device import compute_device
 from models.networks import text_encoder
 from models.networks.sd3 import packed
+
+log = logging.getLogger(__name__)
 
 Features = tuple[torch.Tensor, torch.Tensor]  # tokens [B, T, D] float32, mask [B, T] bool, both on the CPU
 Towers = dict[str, tuple[Any, Any]]  # text encoder and tokenizer by the encoder's name in the stock pipeline
@@ -30,6 +33,19 @@ class Encode(Protocol):
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut, the tokenizer's own marks included."""
+
+
+def warn_of_cut(prompts: Sequence[str], encode: Encode) -> int:
+    """How many prompts are longer than the text encoder reads; one warning for all of them, which names the longest."""
+    counts = {prompt: encode.count(prompt) for prompt in dict.fromkeys(prompts)}
+    over = {prompt: count for prompt, count in counts.items() if count > encode.longest}
+    if over:
+        worst = max(over, key=over.__getitem__)
+        log.warning(
+            "%d of %d prompts are cut: %r has %d tokens, the text encoder reads %d; shorten them, or raise prompt_max_tokens "
+            "where the model is trained", len(over), len(counts), worst, over[worst], encode.longest,
+        )  # fmt: skip
+    return len(over)
 
 
 class TrainableText(Encode, Protocol):

@@ -1,8 +1,9 @@
 """Is a rewritten prompt still what was asked? Checked by code, so that no model has to be believed.
 
 Trigger words, rare tokens, quotes and negations must come back as written; numbers and colours are the same sets (a
-colour may be added where none was asked); other words come back at least in another number; nothing new is denied. A
-rewrite that loops, changes the language or does not fit the text encoder is refused. The first fault is the reason.
+colour may be added where none was asked) and are said of the same things, which stand left, above or in front as before
+(binding.py); other words come back at least in another number; nothing new is denied. A rewrite that loops, changes the
+language or does not fit the text encoder is refused. The first fault is the reason.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from models.posttraining.binding import moved, turned
 from models.posttraining.prompt_words import (
     COLOURS,
     FUNCTION,
@@ -49,6 +51,11 @@ class Intent:
         asked = of_kind(prompt, NUMBERS | COLOURS)
         return [*rare(prompt, self.known, self.triggers), *negated(prompt), *sorted(asked)]
 
+    def kept(self, prompt: str, revised: str) -> list[bool]:
+        """Whether each protected span is in the rewrite: as written, colours and numbers in any case."""
+        listed = of_kind(revised, NUMBERS | COLOURS)
+        return [span in listed or span in revised for span in self.protected(prompt)]
+
     def fault(self, prompt: str, revised: str) -> str | None:
         """Why the rewrite may not replace the prompt; None if it may."""
         return next(self._faults(prompt, revised), None)
@@ -65,6 +72,8 @@ class Intent:
         yield from self._language(prompt, revised)
         yield from self._lost(prompt, revised)
         yield from self._invented(prompt, revised)
+        yield from moved(prompt, revised)
+        yield from turned(prompt, revised)
 
     def _language(self, prompt: str, revised: str) -> Iterator[str]:
         if new := scripts(revised) - scripts(prompt) - {"LATIN"}:

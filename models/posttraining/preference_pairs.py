@@ -49,9 +49,14 @@ class PreferencePairs:
         return PreferencePairs(prompts, self.winner[rows], self.loser[rows], source, self.strength[rows], split)
 
 
+def plain(prompt: str) -> str:
+    """The prompt without what does not make it another one: case and whitespace."""
+    return " ".join(prompt.lower().split())
+
+
 def split_of(prompt: str, held_out: float, seed: int) -> str:
     """By the prompt alone, whitespace and case aside, so that no prompt is on two sides."""
-    place = derive_seed(seed, "preference split", " ".join(prompt.lower().split())) % 10_000 / 10_000
+    place = derive_seed(seed, "preference split", plain(prompt)) % 10_000 / 10_000
     return HELD_OUT if place < held_out else TRAIN
 
 
@@ -89,7 +94,7 @@ def _refuse_twins(pairs: PreferencePairs) -> None:
 def _refuse_leaks(prompts: Sequence[str], split: Sequence[str]) -> None:
     sides: dict[str, str] = {}
     for row, (prompt, side) in enumerate(zip(prompts, split, strict=True)):
-        first = sides.setdefault(" ".join(prompt.lower().split()), side)
+        first = sides.setdefault(plain(prompt), side)
         if first != side:
             raise DataRefused(
                 f"pairs: row {row}, prompt {prompt!r}, is in {side!r}, another pair of it in {first!r}; "

@@ -35,7 +35,7 @@ RULES = """You rewrite prompts for a text-to-image model. Rules:
 3. Say what the picture shows, from the whole to the details, in one or two plain sentences of the prompt's language.
 4. Do not describe named people or named styles further. Do not explain.
 Answer with the rewritten prompt between <answer> and </answer>."""
-RULES_VERSION = 1
+RULES_VERSION = 2
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
 THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.S)
 
@@ -47,6 +47,11 @@ class Enhanced:
     original: str
     revised: str
     reason: str | None = None
+
+
+def spans_kept(intent: Intent, made: Sequence[Enhanced]) -> list[bool]:
+    """Of each protected span of the prompts that were rewritten, whether it came back; a returned prompt proves nothing."""
+    return [kept for each in made if each.reason is None for kept in intent.kept(unframed(each.original), each.revised)]
 
 
 class Rewriter(Protocol):
@@ -133,10 +138,12 @@ class InstructRewriter:
     def rewrite(self, prompt: str) -> tuple[str | None, str | None]:
         """One answer at temperature 0."""
         try:
-            said = self.model.answer(RULES, prompt, self.new_tokens)
+            said, ended = self.model.answer(RULES, prompt, self.new_tokens)
         except (RuntimeError, ValueError, OSError) as error:  # out of memory, too long, no chat template
             log.warning("prompt enhancer failed on %r: %s", prompt, error)
             return None, f"the language model failed: {type(error).__name__}"
+        if not ended and not ANSWER.search(said):
+            return None, f"the language model did not end within {self.new_tokens} tokens or its time"
         found = answer_of(said)
         return (found, None) if found else (None, "the language model gave no answer")
 

@@ -126,12 +126,13 @@ def rare(text: str, known: Collection[str] | None, triggers: Iterable[str] = ())
         word, low = match.group(), match.group().lower()
         if low in NUMBERS | COLOURS | NEGATIONS | FUNCTION or low.endswith(("n't", "n’t")):
             continue
-        unknown = low not in known if known is not None else _is_name(word, match.start())
+        unknown = low not in known if known is not None else _is_name(word, match.start(), text[match.end() :])
         if unknown:
             take([match.span()])
     return [text[a:b] for a, b in sorted(taken)]
 
 
-def _is_name(word: str, start: int) -> bool:
+def _is_name(word: str, start: int, rest: str) -> bool:
     inner_capital = any(c.isupper() for c in word[1:])
-    return inner_capital or (start > 0 and word[0].isupper()) or bool(scripts(word) - {"LATIN"})
+    begins_name = word[0].isupper() and (start > 0 or rest[1:2].isupper())  # "Ada Lovelace", but not "Cat on a mat"
+    return inner_capital or begins_name or bool(scripts(word) - {"LATIN"})

@@ -172,9 +172,7 @@ class PhaseConfig(Config):
     from_samples: int = Field(default=0, ge=0, description="Samples seen before this phase begins")
     select: SelectConfig | None = Field(default=None, description="Resolutions, aspects, captions")
     timesteps: TimestepConfig | None = Field(default=None, description="Density and shift")
-    batch_size: int | None = Field(
-        default=None, ge=1, description="Pictures per step; null keeps the tokens per step constant"
-    )
+    batch_size: int | None = Field(default=None, ge=1, description="Pictures per step; null keeps the tokens constant")
     repa: bool = Field(default=True, description="Whether the stage's alignment is on")
     tread: TreadConfig | None = Field(default=None, description="Token routing")
 
@@ -195,6 +193,10 @@ class ValidationConfig(Config):
 
     pictures: int = Field(default=64, ge=1, description="Held-out pictures, evenly over the validation split")
     every: int = Field(default=200, ge=1, description="Steps between looks; a multiple of train.log_every")
+    patience: int | None = Field(
+        default=None, ge=1, description="Looks without a better average that end the stage with its best; null: none do",
+        json_schema_extra=IF_SET,
+    )  # fmt: skip
 
 
 class FlowMatchingConfig(Config):
@@ -248,9 +250,10 @@ class FlowMatchingConfig(Config):
 
     @model_validator(mode="after")
     def _cut_whole(self) -> FlowMatchingConfig:
-        if self.train.shard and (self.lora is not None or (self.repa is not None and self.repa.kind == "self")):
+        copied = self.lora or (self.validation and self.validation.patience) or (self.repa and self.repa.kind == "self")
+        if self.train.shard and copied:
             raise ValueError(
-                "train.shard cuts networks that are trained whole; with lora or repa.kind=self set it to false"
+                "train.shard cuts networks trained whole; with lora, validation.patience or repa.kind=self set it to false"
             )
         return self
 
@@ -280,9 +283,7 @@ class AutoencoderConfig(Config):
     channels: tuple[int, ...] = Field(default=(32, 64), min_length=1, description="Channels; each level but one halves")
     layers: int = Field(default=1, ge=1, description="Residual blocks of each level")
     latent_channels: int = Field(default=4, ge=1, description="Channels of a latent")
-    norm_groups: int = Field(
-        default=8, ge=1, description="Groups of the normalisations; divides every number of channels"
-    )
+    norm_groups: int = Field(default=8, ge=1, description="Groups of the normalisations; divides all channels")
     gradient_weight: float = Field(default=1.0, ge=0, description="Weight of the error of neighbouring differences")
     kl_weight: float = Field(default=1e-4, ge=0, description="Weight of the KL to N(0, 1)")
     resolutions: tuple[int, ...] = Field(default=(32,), min_length=1, description="Base sides to train on")

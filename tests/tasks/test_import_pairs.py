@@ -49,6 +49,17 @@ def test_pick_a_pic_rows_become_pairs_and_every_dropped_row_has_its_reason(tmp_p
     assert pairs.strength.tolist() == [1.0, 1.0, 0.5]
 
 
+def test_rows_that_contradict_each_other_are_both_dropped_and_counted(tmp_path) -> None:
+    table = {
+        "caption": ["x", "x", "y", "x"], "jpg_0": [picture(10), picture(200), picture(10), picture(10)],
+        "jpg_1": [picture(200), picture(10), picture(200), picture(90)], "label_0": [1.0, 1.0, 0.0, 1.0],
+    }  # fmt: skip
+    facts, out = run(tmp_path, table)
+    assert facts["dropped"] == {"contradicted": 2}
+    assert facts["received"] == 4
+    assert read_pairs(out).prompts == ("y", "x")
+
+
 def test_hpd_votes_and_paths_are_read_and_paths_stay_in_the_folder(tmp_path) -> None:
     for name, shade in (("a.png", 10), ("b.png", 200)):
         (tmp_path / name).write_bytes(picture(shade))

@@ -1,12 +1,14 @@
 """Intent is kept by code whatever the language model says; the small model resumes to the bit and carries new words."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.engine.loop import train
@@ -22,11 +24,14 @@ from models.posttraining.prompt_enhancement import (
     batch_of,
 )
 
-ADVERSARIAL = [
-    'a sign that says "Open 24h"', "three cats", "7 red balloons", "a dog without a collar", "no people in a street",
-    "sks dog", "a photo of ohwx person", "eine rote Katze", "красный кот", "猫が三匹", "a cat 🐱 on a mat",
-    "Ada Lovelace at a desk", "a <token> vase", "it isn't raining", "two blue birds, not green", "v2.5 logo", "",
-]  # fmt: skip
+ADVERSARIAL = {  # what must come back to the letter, by hand
+    'a sign that says "Open 24h"': ['"Open 24h"'], "three cats": ["three"], "7 red balloons": ["7", "red"],
+    "a dog without a collar": ["without a collar"], "no people in a street": ["no people"], "sks dog": ["sks"],
+    "a photo of ohwx person": ["ohwx"], "eine rote Katze": ["Katze"], "красный кот": ["красный", "кот"],
+    "猫が三匹": ["猫が三匹"], "a cat 🐱 on a mat": ["🐱"], "Ada Lovelace at a desk": ["Ada", "Lovelace"],
+    "a <token> vase": ["<token>"], "it isn't raining": ["isn't raining"], "two blue birds, not green": ["two", "blue", "not green"],
+    "v2.5 logo": ["v2.5"], "": [],
+}  # fmt: skip
 ANSWERS = [
     "",
     "a picture",
@@ -44,18 +49,19 @@ class Says:
 
     def rewrite(self, prompt: str) -> tuple[str | None, str | None]:
         self.asked += 1
-        return self.answer.format(prompt=prompt), None
+        return self.answer, None
 
 
 @pytest.mark.parametrize("prompt", ADVERSARIAL)
-def test_every_protected_span_comes_back_whatever_is_answered(prompt: str) -> None:
+def test_every_protected_span_comes_back_to_the_letter_whatever_is_answered(prompt: str) -> None:
     intent = Intent(triggers=("sks", "ohwx"))
-    for answer in [*ANSWERS, "{prompt}, on a wooden table in soft light", "soft light"]:
+    spoilt = [prompt.lower(), prompt.replace('"', ""), prompt.replace(" ", ""), *prompt.split()]
+    tried = [*ANSWERS, "soft light", *(f"{each}, on a wooden table in soft light" for each in (prompt, *spoilt))]
+    for answer in tried:
         made = Enhancer(Says(answer), intent, "x").enhance(prompt)
-        assert all(span.lower() in made.revised.lower() for span in intent.protected(made.original))
+        assert all(span in made.revised for span in ADVERSARIAL[prompt])
         assert (made.revised == prompt) == (made.reason is not None)
-    if prompt:
-        assert intent.protected(prompt)
+    assert set(ADVERSARIAL[prompt]) <= set(intent.protected(prompt))
 
 
 @pytest.mark.parametrize(
@@ -157,14 +163,68 @@ def test_a_trained_model_completes_prompts_carries_unread_words_and_is_a_stock_f
     assert CaptionModel.load(tmp_path / "stock").complete("key, red", 40) == model.complete("key, red", 40)
 
 
-def test_a_chat_model_goes_through_the_same_rules(tmp_path: Path) -> None:
-    model, _, _ = trained(tmp_path / "run", 2)
-    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<to>{% endfor %}"
-    model.save(tmp_path / "chat")
-    chat = InstructModel(str(tmp_path / "chat"), seconds=20)
-    made = Enhancer(InstructRewriter(chat, 8), Intent(), "x").enhance("a red cat")
+def chat_model(folder: Path, *says: str, ends: bool = True) -> str:
+    """A stock Llama that says these words whatever it is asked: each word (once only) makes the next one the likeliest."""
+    words = ["<pad>", "<end>", "<to>", "<unk>", *says]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}<to>"
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=len(words) * 2, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in (
+        *model.model.layers[0].self_attn.o_proj.parameters(),
+        *model.model.layers[0].mlp.down_proj.parameters(),
+    ):
+        parameter.data.zero_()
+    one_hot = torch.eye(len(words), 2 * len(words))
+    model.model.embed_tokens.weight.data.copy_(one_hot)
+    spoken = list(range(4, len(words)))
+    follows = dict(zip([2, *spoken], [*spoken, 1 if ends else spoken[0]], strict=True))
+    model.lm_head.weight.data.zero_()
+    for word, following in follows.items():
+        model.lm_head.weight.data[following] += one_hot[word]
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def rewritten(model: str, prompt: str, new_tokens: int = 20, seconds: float = 20):
+    return Enhancer(InstructRewriter(InstructModel(model, seconds), new_tokens), Intent(), "x").enhance(prompt)
+
+
+def test_a_chat_model_s_good_answer_is_taken_and_a_bad_one_is_not(tmp_path: Path) -> None:
+    good = ["<answer>", "a", "fluffy", "red", "cat", "sleeping", "under", "warm", "light", "</answer>"]
+    made = rewritten(chat_model(tmp_path / "good", *good), "a red cat")
+    assert (made.revised, made.reason) == ("a fluffy red cat sleeping under warm light", None)
+    bad = ["<answer>", "a", "fluffy", "blue", "cat", "sleeping", "under", "warm", "light", "</answer>"]
+    made = rewritten(chat_model(tmp_path / "bad", *bad), "a red cat")
+    assert (made.revised, made.reason) == ("a red cat", "the colour 'red' is not in the rewrite")
+    plain = ["a", "fluffy", "red", "cat", "sleeping"]
+    made = rewritten(chat_model(tmp_path / "plain", *plain), "a red cat")
+    assert (made.revised, made.reason) == ("a fluffy red cat sleeping", None)
+
+
+def test_an_answer_that_was_cut_is_none_though_it_keeps_the_rules(tmp_path: Path) -> None:
+    model = chat_model(tmp_path / "cut", *["a", "fluffy", "red", "cat", "sleeping", "under", "warm", "light"])
+    made = rewritten(model, "a red cat", new_tokens=4)  # "a fluffy red cat" would pass
+    assert (made.revised, made.reason) == ("a red cat", "the language model did not end within 4 tokens or its time")
+    started = time.monotonic()
+    endless = chat_model(tmp_path / "endless", *["a", "red", "cat"], ends=False)
+    made = rewritten(endless, "a red cat", new_tokens=3900, seconds=0.05)
     assert made.revised == "a red cat"
-    assert made.reason is not None
+    assert "did not end within 3900 tokens or its time" in str(made.reason)
+    assert time.monotonic() - started < 30
+    closed = chat_model(
+        tmp_path / "closed", *["<answer>", "a", "fluffy", "red", "cat", "</answer>", "and", "more", "talk"]
+    )
+    assert rewritten(closed, "a red cat", new_tokens=7).revised == "a fluffy red cat"
+
+
+def test_the_answer_is_what_is_marked_or_not_thought() -> None:
     assert answer_of("<think>hm</think> so <answer> a “red”\ncat </answer>") == 'a "red" cat'
     assert answer_of("<think>never ends") == ""
     assert answer_of("a cat") == "a cat"
@@ -172,7 +232,7 @@ def test_a_chat_model_goes_through_the_same_rules(tmp_path: Path) -> None:
 
 def test_a_model_that_fails_gives_the_prompt_back() -> None:
     class Broken:
-        def answer(self, system: str, prompt: str, new_tokens: int) -> str:
+        def answer(self, system: str, prompt: str, new_tokens: int) -> tuple[str, bool]:
             raise RuntimeError("out of memory")
 
     made = Enhancer(InstructRewriter(Broken(), 8), Intent(), "x").enhance("a cat")
