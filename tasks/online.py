@@ -28,9 +28,10 @@ from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
 from models.networks.text_features import Encode, PackagedText
 from models.posttraining.clip_reward import ClipReward
-from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
+from models.posttraining.config import GrpoConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo
+from models.posttraining.guard_config import GuardConfig
 from models.posttraining.guards import Guard, Watched
 from models.posttraining.refl import Refl
 from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted

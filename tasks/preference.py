@@ -27,8 +27,9 @@ from models.networks import families
 from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
 from models.posttraining.clip_reward import hub_scores
-from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
+from models.posttraining.config import DpoConfig, ImportPairsConfig, PairsConfig
 from models.posttraining.diffusion_dpo import DiffusionDpo
+from models.posttraining.guard_config import GuardConfig
 from models.posttraining.guards import Guard
 from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pairs, split_of, write_pairs
 from models.posttraining.reward import JudgeReward, Reward, Sharpness, judge_reward

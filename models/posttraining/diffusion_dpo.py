@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.engine.objective import Batch, Loss
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.config import DpoConfig
@@ -48,7 +49,10 @@ class DiffusionDpo:
         t = draw_times(rng, tokens, self.config.timesteps)
         eps = rng.normal("noise", tuple(batch.images.shape[1:]))
         extra = dict(batch.extra, t=t, eps=eps)
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            autocast(batch.images.device, self.config.train.precision),
+        ):  # or m would not be 0 at first
             extra["reference"] = self._errors(self.reference, replace(batch, extra=extra))
         return replace(batch, extra=extra)
 

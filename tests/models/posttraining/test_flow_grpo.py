@@ -14,7 +14,7 @@ from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
-from models.posttraining.flow_grpo import FlowGrpo, Stem, surrogate
+from models.posttraining.flow_grpo import FIRST_OFF, FlowGrpo, Stem, surrogate
 from models.posttraining.reward import RewardCard, Sharpness, Weighted
 from models.posttraining.rollout import Sampling
 from models.posttraining.sde import log_prob
@@ -51,6 +51,33 @@ def test_ratio_is_1_before_the_first_move(tiny, sampling, brightness, grouped, s
     moved = {k: v[:, order] for k, v in batch.extra.items() if k in ("states", "results", "log_probs")}
     shuffled = replace(batch, tokens=batch.tokens[order], mask=batch.mask[order], extra={**batch.extra, **moved})
     assert objective.loss("policy", shuffled).parts["ratio_off"] <= 1e-6
+
+
+HALF = {"train": {**TRAIN.model_dump(), "precision": "bf16"}}
+BRANCHING = {"same_noise": True, "window": 1, "window_from": 2}
+
+
+@pytest.mark.parametrize("fields", [{"window": 3}, {"kl": 0.5}, BRANCHING], ids=["window", "kl", "branches"])
+def test_ratio_is_1_before_the_first_move_in_half_precision(tiny, sampling, brightness, grouped, tmp_path, caplog, fields) -> None:  # fmt: skip
+    objective = grpo(tiny, sampling, brightness, **HALF, **fields)
+    numbers = Trainer(objective, objective.config.train, tmp_path).move(prepared(objective, grouped))
+    assert numbers["ratio_off"] <= 1e-6
+    assert numbers.get("kl", 0.0) == 0
+    assert not caplog.records
+    exact = prepared(grpo(tiny, sampling, brightness, **fields), grouped)
+    assert (exact.extra["pictures"] - prepared(objective, grouped).extra["pictures"]).abs().max() > 1e-4
+
+
+def test_a_ratio_that_is_off_before_the_first_move_is_told_once_and_later_ones_are_normal(tiny, sampling, brightness, grouped, tmp_path, caplog) -> None:  # fmt: skip
+    objective = grpo(tiny, sampling, brightness, updates=2)  # rollouts in full precision
+    trainer = Trainer(objective, TRAIN, tmp_path)
+    assert trainer.move(prepared(objective, grouped))["ratio_off"] > FIRST_OFF * objective.config.clip_range
+    assert not caplog.records
+    half = Trainer(objective, objective.config.train.model_copy(update={"precision": "bf16"}), tmp_path)
+    for step in range(2):
+        half.move(prepared(objective, grouped, step))
+    assert len(caplog.records) == 1
+    assert "before the first move, above 0.0001 (a tenth of clip_range=0.001)" in caplog.text
 
 
 def test_equal_rewards_leave_the_weights_bit_unchanged(tiny, sampling, same, grouped, tmp_path) -> None:
