@@ -36,16 +36,11 @@ END = 6 + len(TIMES)  # of a look's row, without the outside prompts
 
 
 @dataclass(frozen=True)
-class Outside:
-    """Prompts unlike those that are trained on, by neighbouring slots, and what judges them."""
-
-    asked: Batch
-    held_out: Reward
-
-
-@dataclass(frozen=True)
 class Watched:
-    """Prompts by neighbouring slots, `seeds` of each; the rewards; features [N, F] of pictures for diversity."""
+    """Prompts by neighbouring slots, `seeds` of each; the rewards; features [N, F] of pictures for diversity.
+
+    `outside` are prompts unlike those that are trained on, for the held-out reward alone.
+    """
 
     asked: Batch
     seeds: int
@@ -54,7 +49,7 @@ class Watched:
     features: Callable[[torch.Tensor], torch.Tensor]
     sampling: Sampling
     steps: int
-    outside: Outside | None = None
+    outside: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -175,10 +170,9 @@ class Guard:
 
     @torch.no_grad()
     def _judged_outside(self, net: Denoiser) -> torch.Tensor:
-        outside = self.watched.outside
-        assert outside is not None
-        parts = self._pictures(net, outside.asked, "guard outside")
-        return torch.cat([outside.held_out(drawn, part) for _, drawn, part in parts])
+        assert self.watched.outside is not None
+        parts = self._pictures(net, self.watched.outside, "guard outside")
+        return torch.cat([self.watched.held_out(drawn, part) for _, drawn, part in parts])
 
     def _pictures(self, net: Denoiser, asked: Batch, stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch]]:
         """x_0, pictures and what was asked, some at a time; the noise is that of the stream and the slots."""

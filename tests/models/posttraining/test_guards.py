@@ -100,6 +100,62 @@ def test_a_killed_guarded_run_ends_at_the_same_look_with_the_same_bits(toy, grou
     assert finished.ended
 
 
+ANY = 1e9  # standard errors: the held-out reward alone never ends the run
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"min_diversity": 0.9, "errors": ANY}, "diversity 0."),
+        ({"min_diversity": 0.0, "max_drift": 0.5, "errors": ANY}, "velocity drift "),
+    ],
+    ids=["diversity", "drift"],
+)
+def test_a_run_that_loses_diversity_or_drifts_is_stopped_and_restored(toy, grouped, tmp_path, limits, reason) -> None:
+    objective, guard, _ = toy(True)
+    guard.watched = replace(guard.watched, held_out=guard.watched.trained)  # rises to the end
+    guard.config = GuardConfig(every=5, **limits)
+    trainer = train(objective, grouped, TRAIN, tmp_path, watch=guard)
+    report = guard.report()
+    assert guard.ended
+    assert trainer.step < TRAIN.steps
+    assert len(report["reasons"]) == 1
+    assert report["reasons"][0].startswith(reason)
+    good = [look for look in guard.looks if not guard.faults(look)]
+    assert report["taken"] == max(good, key=lambda look: look.held_out).step > 0
+    assert [bool(guard.faults(look)) for look in guard.looks[-2:]] == [True, True]  # patience
+    guard.look(trainer)
+    assert guard.faults(guard.looks[-1]) == []
+    assert guard.looks[-1].held_out == pytest.approx(max(look.held_out for look in good), abs=1e-6)
+
+
+def test_outside_prompts_end_a_run_that_the_others_would_let_go_on(toy, grouped, tmp_path) -> None:
+    """Worth is the same number of brightness everywhere, but outside prompts want the pictures as they were."""
+    objective, guard, _ = toy(True)
+
+    class Unlike(Worth):
+        def __call__(self, pictures, asked):
+            value = pictures.mean((1, 2, 3))
+            return value if "outside" not in asked.extra else -((value - self.target) ** 2)
+
+    outside = grouped(901)
+    unlike = Unlike()
+    guard.watched = replace(guard.watched, held_out=unlike, outside=replace(outside, extra={"outside": torch.ones(8)}))
+    guard.config = GuardConfig(every=5, min_diversity=0.0)
+    unlike.target = float(next(guard._pictures(guard.start, outside, "guard outside"))[1].mean())
+    trainer = train(objective, grouped, TRAIN, tmp_path / "run", watch=guard)
+    report = guard.report()
+    assert guard.ended
+    assert trainer.step < TRAIN.steps
+    assert len(report["reasons"]) == 1
+    assert "on the outside prompts" in report["reasons"][0]
+    assert report["looks"][0]["outside"]["change"] == 0
+    assert report["looks"][-1]["outside"]["change"] < 0 < report["looks"][-1]["change"]
+    _, again, _ = toy(True)
+    again.load_state(guard.state())
+    assert again.looks == guard.looks
+
+
 class Breaks:
     """Brightness until it is asked for the `after`-th time, then no number."""
 
