@@ -32,7 +32,7 @@ test: check
 	$(BIN)/pytest
 
 test-lifecycle: $(STAMP)
-	$(BIN)/pytest -m lifecycle tests/flows
+	$(BIN)/pytest -m lifecycle tests/flows tests/tasks/test_online_ray.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
