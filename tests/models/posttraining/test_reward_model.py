@@ -43,7 +43,7 @@ def scorer_of(seed: int = 0) -> Scorer:
     return Scorer(D, 8, 32, 16, seed)
 
 
-def fitted(first, second, text, chosen, folder) -> Scorer:
+def fitted(first, second, text, chosen, folder, steps=120) -> Scorer:
     """A scorer trained on these pairs, `chosen` saying where the first picture won."""
     swap = chosen[:, None, None, None]
     winner, loser = torch.where(swap, first, second), torch.where(swap, second, first)
@@ -52,7 +52,9 @@ def fitted(first, second, text, chosen, folder) -> Scorer:
         rows = torch.randint(N, (48,), generator=torch.Generator().manual_seed(step))
         return pair_batch(winner[rows], loser[rows], text[rows])
 
-    config = TrainConfig(steps=120, batch_size=48, log_every=40, checkpoint_every=120, optimizer=OPTIMIZER, ema_gamma=6)
+    config = TrainConfig(
+        steps=steps, batch_size=48, log_every=40, checkpoint_every=steps, optimizer=OPTIMIZER, ema_gamma=6
+    )
     scorer = scorer_of()
     scorer.standardise(text)
     trainer = train(BradleyTerry(scorer), batches, config, folder)
@@ -67,7 +69,7 @@ def rank_correlation(margin, truth) -> float:
 
 def test_a_planted_utility_without_noise_is_recovered_in_its_order(tmp_path) -> None:
     first, second, text, u, w, _ = planted(0, N)
-    scorer = fitted(first, second, text, u > w, tmp_path)
+    scorer = fitted(first, second, text, u > w, tmp_path, 240)
     first, second, text, u, w, _ = planted(1, N)
     with torch.no_grad():
         margin = scorer(first, text) - scorer(second, text)
