@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
@@ -12,35 +11,31 @@ from typing import Any, assert_never
 import numpy as np
 import torch
 
-from data_curation import scenes as demo
 from infra.errors import ConfigError
 from infra.stages import StageContext
-from models.engine.config import TrainConfig
-from models.engine.distribute import world
 from models.engine.loop import Trainer
 from models.engine.objective import Batch, Objective
-from models.engine.randomness import Randomness, shuffled
+from models.engine.randomness import Randomness
 from models.evaluation.judge import Judge
 from models.networks import families
 from models.networks.checkpoint import SamplingCard, read_card
 from models.networks.denoiser import Denoiser
-from models.networks.discriminator import text_vector
 from models.networks.families import Surroundings
-from models.networks.text_features import Encode, PackagedText, warn_of_cut
 from models.posttraining.clip_reward import ClipReward
-from models.posttraining.config import GrpoConfig, GuardConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
+from models.posttraining.config import GrpoConfig, NftConfig, OnlineConfig, ReflConfig, RewardTerm
 from models.posttraining.diffusion_nft import DiffusionNft
 from models.posttraining.flow_grpo import FlowGrpo
-from models.posttraining.guards import Guard, Watched
+from models.posttraining.guards import Guard
 from models.posttraining.refl import Refl
 from models.posttraining.reward import Composite, JudgeReward, Measured, Reward, Sharpness, Weighted
 from models.posttraining.reward_model import RewardModel
 from models.posttraining.rollout import Sampling
 from tasks.adapted import Finished, adapt
+from tasks.guarding import guard_of, num_outside, outside_prompts, written
+from tasks.online_prompts import Prompts, prompt_batches, published
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
-from tasks.training_data import TrainingData, local_slots
+from tasks.training_data import TrainingData
 
-REWARD_TOKENS = 64  # as the reward model reads prompts
 MEASURED_ON = 64  # pictures of the start that give a reward its sigma
 
 
@@ -81,73 +76,6 @@ def refl(config: ReflConfig, ctx: StageContext) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Captions with their text features; the first `trained` are for training, the others for the guard."""
-
-    scenes: tuple[demo.Scene, ...]  # what the captions show, as far as it is known
-    tokens: torch.Tensor  # [N, T, D]
-    mask: torch.Tensor  # [N, T]
-    trained: int
-    channels: int = 3
-    factor: int = 1
-    reward_text: torch.Tensor | None = None  # [N, E] for the reward model, whose text encoder may not be the denoiser's
-    captions: tuple[str, ...] = ()  # [N]
-
-    @classmethod
-    def of(cls, scenes: Sequence[demo.Scene], trained: int, around: Surroundings) -> Prompts:
-        """Encode the scenes' short captions."""
-        captions = [demo.short_caption(scene) for scene in scenes]
-        tokens, mask = features_of(captions, around.encode)
-        codec, said = around.codec, tuple(captions)
-        return cls(tuple(scenes), tokens, mask, trained, codec.channels, codec.factor, captions=said)
-
-    @classmethod
-    def of_captions(cls, captions: Sequence[str], trained: int, around: Surroundings) -> Prompts:
-        """Encode captions of one's own, for the denoiser and for the reward model."""
-        own = text_vector(*features_of(captions, PackagedText(REWARD_TOKENS)))
-        tokens, mask = features_of(captions, around.encode)
-        return cls((), tokens, mask, trained, around.codec.channels, around.codec.factor, own, tuple(captions))
-
-    def batch(self, rows: torch.Tensor, slots: Sequence[int], side: int) -> Batch:
-        """What these rows [B] ask; the pictures only give the size."""
-        blank = torch.zeros(len(rows), self.channels, side // self.factor, side // self.factor)
-        extra = {"scene": rows} if self.reward_text is None else {"scene": rows, "reward_text": self.reward_text[rows]}
-        return Batch(blank, self.tokens[rows], self.mask[rows], tuple(slots), extra=extra)
-
-
-def features_of(captions: Sequence[str], encode: Encode) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [N, T, D] and mask [N, T] of captions, no longer than the longest."""
-    warn_of_cut(captions, encode)
-    features = [encode(captions[at : at + 64]) for at in range(0, len(captions), 64)]
-    tokens, mask = (torch.cat(part) for part in zip(*features, strict=True))
-    longest = int(mask.sum(1).max())
-    return tokens[:, :longest], mask[:, :longest]
-
-
-def published(count: int, seed: int, without: Collection[str] = ()) -> list[demo.Scene]:
-    """Published scenes in a random order, except those named; held-out ones stay for the evaluation."""
-    scenes = [scene for scene in demo.all_scenes("full") if not scene.held_out and scene.id not in without]
-    if count > len(scenes):
-        raise ConfigError(
-            f"{count} prompts are asked of {len(scenes)} published scenes; lower prompts.count or guard.prompts"
-        )
-    return [scenes[i] for i in np.random.default_rng([seed, 78]).permutation(len(scenes))[:count]]
-
-
-def prompt_batches(prompts: Prompts, side: int, train: TrainConfig, group: int) -> Callable[[int], Batch]:
-    """This worker's prompts as a pure function of the step: each `group` slots in a row, a new order each epoch."""
-    slots = local_slots(train.batch_size)
-    groups = train.batch_size // group
-
-    def batch(step: int) -> Batch:
-        places = [step * groups + slot // group for slot in slots]
-        rows = shuffled(train.seed, "prompt order", prompts.trained, places)
-        return prompts.batch(rows, slots, side)
-
-    return batch
-
-
-@dataclass(frozen=True)
 class Start:
     """The checkpoint to tune with what surrounds it: data, prompts, rewards to train on, guard."""
 
@@ -179,7 +107,9 @@ class Start:
         )
         guard = None
         if config.guard is not None:
-            guard = partial(guard_of, config.guard, denoiser, card, sampling, judge, prompts, Composite(rewards))
+            outside = outside_prompts(config.guard, prompts.spare, around)
+            trained = Composite(rewards)
+            guard = partial(guard_of, config.guard, denoiser, card, sampling, judge, prompts, outside, trained)
         return cls(denoiser, card, data, sampling, prompts, rewards, guard)
 
 
@@ -198,8 +128,9 @@ def prompts_of(config: OnlineConfig, data: TrainingData, around: Surroundings, o
         if len(order) <= watched:
             raise ConfigError(f"{len(captions)} captions leave none beside the guard's {watched}; lower guard.prompts")
         return Prompts.of_captions([captions[i] for i in order], len(order) - watched, around)
-    scenes = published(config.prompts.count + watched, config.train.seed)
-    return Prompts.of(scenes, config.prompts.count, around)
+    asked = config.prompts.count + watched
+    scenes = published(asked + num_outside(config.guard), config.train.seed)
+    return replace(Prompts.of(scenes[:asked], config.prompts.count, around), spare=tuple(scenes[asked:]))
 
 
 def sampling_of(card: SamplingCard, data: TrainingData, denoiser: Denoiser, around: Surroundings) -> Sampling:
@@ -235,34 +166,6 @@ def reward_of(term: RewardTerm, judge: Judge | None, prompts: Prompts, ctx: Stag
             assert_never(term.kind)
 
 
-def guard_of(
-    config: GuardConfig, denoiser: Denoiser, card: SamplingCard, sampling: Sampling, judge: Judge | None,
-    prompts: Prompts, trained: Reward, player: str,
-) -> Guard:  # fmt: skip
-    """The guard on prompts that are not trained on; a reward of the hub watches, or the shape judge."""
-    rows = torch.arange(prompts.trained, prompts.trained + config.prompts).repeat_interleave(config.seeds)
-    asked = prompts.batch(rows, range(len(rows)), card.side).to(denoiser.device)
-    held_out: Reward
-    features: Callable[[torch.Tensor], torch.Tensor]
-    if config.held_out is not None:
-        held_out = hub = ClipReward(config.held_out, prompts.captions)
-        features = hub.features
-    elif judge is not None:
-        held_out, features = JudgeReward(judge, prompts.scenes, "shape"), partial(judge_features, judge)
-    else:
-        raise ConfigError(
-            "a guard needs the demo's judge or guard.held_out; give a held-out reward, or set guard to null"
-        )
-    return Guard(
-        config, player, denoiser, Watched(asked, config.seeds, trained, held_out, features, sampling, card.steps)
-    )
-
-
-def judge_features(judge: Judge, pictures: torch.Tensor) -> torch.Tensor:
-    """[B, F] of the colour judge, of pictures [B, 3, 32, 32] in [-1, 1]."""
-    return judge.colour.features(pictures / 2 + 0.5)
-
-
 def tune(
     objective: Objective, player: str, batches: Callable[[int], Batch], config: OnlineConfig, ctx: StageContext,
     start: Start,
@@ -278,13 +181,3 @@ def tune(
     facts = run_training(objective, batches, config.train, ctx, model_of, start.card, prompts, guard, init)
     model_of.write_adapter(ctx)
     return facts | written(guard, ctx)
-
-
-def written(guard: Guard | None, ctx: StageContext) -> dict[str, Any]:
-    """What the guard saw, for the facts; rank 0 writes it beside the weights too."""
-    if guard is None:
-        return {}
-    report = guard.report()
-    if world()[0] == 0:
-        (ctx.out / "guard.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    return {"guard": report}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from data_curation.preference_table import read_comparisons
 from infra.arrays import save_arrays
 from infra.errors import ConfigError, DataRefused
 from infra.stages import StageContext
-from models.engine.distribute import one_thread
+from models.engine.config import TrainConfig
+from models.engine.distribute import one_thread, world
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import derive_seed, shuffled
@@ -28,18 +31,23 @@ from models.networks.checkpoint import read_card
 from models.networks.denoiser import Denoiser
 from models.networks.text_features import warn_of_cut
 from models.posttraining.clip_reward import hub_scores
-from models.posttraining.config import DpoConfig, GuardConfig, ImportPairsConfig, PairsConfig
-from models.posttraining.diffusion_dpo import DiffusionDpo
+from models.posttraining.config import DpoConfig, ImportPairsConfig, PairsConfig
+from models.posttraining.diffusion_dpo import FELL_ROWS, DiffusionDpo, winners_fell
+from models.posttraining.guard_config import GuardConfig
 from models.posttraining.guards import Guard
 from models.posttraining.preference_pairs import TRAIN, PreferencePairs, read_pairs, split_of, write_pairs
 from models.posttraining.reward import JudgeReward, Reward, Sharpness, judge_reward
 from models.sampling.generate import load_generator
 from tasks.adapted import Finished, adapt
-from tasks.online import Prompts, guard_of, published, sampling_of, written
+from tasks.guarding import guard_of, num_outside, outside_prompts, written
+from tasks.online import sampling_of
+from tasks.online_prompts import Prompts, published
 from tasks.training import averaged, fixed_prompts, refuse_distilled, run_training
 from tasks.training_data import TrainingData, local_slots, to_model
 
 CHUNK = 64  # pictures drawn by one call
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ def drawn(rng: np.random.Generator, there: int, wanted: int) -> np.ndarray:
 
 def make_pairs(config: PairsConfig, ctx: StageContext) -> dict[str, Any]:
     """Best and worst picture of each group under the reward; ties dropped."""
+    refuse_distilled(ctx.inputs["init"], config.name)
     if config.source == "data":
         return pairs_with_data(config, ctx)
     groups = Groups.of(config, ctx)
@@ -184,9 +193,35 @@ def dpo(config: DpoConfig, ctx: StageContext) -> dict[str, Any]:
     model_of = Finished(trained, config.lora, init)
     guard = None if config.guard is None else guard_of_pairs(config.guard, config.train.seed, ctx, data, denoiser)
     batches, prompts = pair_batches(config, ctx), fixed_prompts(data)
-    facts = run_training(objective, batches, config.train, ctx, model_of, card, prompts, guard, init)
+    told = with_alarm(ctx, config.train)
+    facts = run_training(objective, batches, config.train, told, model_of, card, prompts, guard, init)
     model_of.write_adapter(ctx)
+    if world()[0] == 0:
+        rows = [json.loads(line) for line in (ctx.out / "metrics.jsonl").read_text().splitlines()]
+        facts["winners_fell"] = winners_fell(rows, pairs_of_a_row(config.train))
     return facts | written(guard, ctx)
+
+
+def pairs_of_a_row(train: TrainConfig) -> int:
+    """How many pairs a row of the log is the mean of."""
+    return train.log_every * train.batch_size
+
+
+def with_alarm(ctx: StageContext, train: TrainConfig) -> StageContext:
+    """The context whose progress warns, once, when winners have become less likely."""
+    rows = list[dict[str, float]]()
+
+    def progress(done: int, total: int, numbers: Mapping[str, float]) -> None:
+        rows.append({**numbers, "step": done})
+        if winners_fell(rows, pairs_of_a_row(train)) == done:
+            log.warning(
+                "%s: winners are less likely than at the start in %d rows of the log running, by step %d (winner_change "
+                "%+.2g): the preference pulls both pictures down; raise anchor, or lower beta_per_element or the rates",
+                ctx.name, FELL_ROWS, done, numbers["winner_change"],
+            )  # fmt: skip
+        ctx.progress(done, total, numbers)
+
+    return replace(ctx, progress=progress)
 
 
 def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: TrainingData, denoiser: Denoiser) -> Guard:
@@ -197,10 +232,10 @@ def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: Trai
     trained: Reward = (
         Sharpness()
     )  # DPO has no reward of its own; where no judge is, the guard shows the pictures' edges
-    judge = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None
+    judge, spare = Judge.load(ctx.inputs["judge"]) if "judge" in ctx.inputs else None, list[demo.Scene]()
     if judge is not None:
-        scenes = published(config.prompts, seed, set(pairs["scene"].to_pylist()))
-        prompts = Prompts.of(scenes, 0, around)
+        scenes = published(config.prompts + num_outside(config), seed, set(pairs["scene"].to_pylist()))
+        prompts, spare = Prompts.of(scenes[: config.prompts], 0, around), scenes[config.prompts :]
         trained = JudgeReward(judge, prompts.scenes)
     else:
         paired = set(pairs["prompt"].to_pylist())
@@ -211,7 +246,8 @@ def guard_of_pairs(config: GuardConfig, seed: int, ctx: StageContext, data: Trai
             )
         order = np.random.default_rng([seed, 78]).permutation(len(free))[: config.prompts]
         prompts = Prompts.of_captions([free[i] for i in order], 0, around)
-    return guard_of(config, denoiser, card, sampling, judge, prompts, trained, "denoiser")
+    outside = outside_prompts(config, spare, around)
+    return guard_of(config, denoiser, card, sampling, judge, prompts, outside, trained, "denoiser")
 
 
 def pair_batches(config: DpoConfig, ctx: StageContext) -> Callable[[int], Batch]:

@@ -208,7 +208,8 @@ def guard_rows(ctx: StageContext, trained: Sequence[str]) -> list[dict[str, Any]
             continue
         found = json.loads(path.read_text())
         for look in found["looks"]:
-            rows.append({**look, "stage": role, "drift": max(look["drift"]), "taken": look["step"] == found["taken"]})
+            drift = None if None in look["drift"] else max(look["drift"])
+            rows.append({**look, "stage": role, "drift": drift, "taken": look["step"] == found["taken"]})
         rows[-1]["reasons"] = found["reasons"]
     return rows
 

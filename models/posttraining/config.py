@@ -11,6 +11,7 @@ from infra.stages import IF_SET
 from models.engine.config import OptimizerConfig, TrainConfig
 from models.evaluation.config import HubReward
 from models.networks.config import LoraConfig
+from models.posttraining.guard_config import GuardConfig, check_looks
 from models.pretraining.config import SelectConfig, TimestepConfig
 
 
@@ -50,23 +51,6 @@ class ImportPairsConfig(Config):
     source: str = Field(default="imported", min_length=1, description="What the pairs are called in the table")
     fingerprint: str = Field(default="", description="Change it when the table's contents change")
     seed: int = Field(default=0, ge=0, description="Seed of the split")
-
-
-class GuardConfig(Config):
-    """When preference tuning is stopped, and the best weights so far are taken instead."""
-
-    every: int = Field(default=20, ge=1, description="Steps between looks; a multiple of train.log_every")
-    prompts: int = Field(default=24, ge=1, description="Prompts that are never trained on")
-    seeds: int = Field(default=4, ge=2, description="Pictures per prompt")
-    patience: int = Field(default=2, ge=1, description="Bad looks in a row after which training stops")
-    errors: float = Field(default=2.0, ge=0, description="Standard errors the held-out reward may lie below the start")
-    min_diversity: float = Field(default=0.8, ge=0, description="Least within-prompt diversity over the start's")
-    max_drift: float | None = Field(
-        default=None, gt=0, description="Largest squared change of the velocity at any time, over its square; null: any"
-    )
-    held_out: HubReward | None = Field(
-        default=None, description="Held-out reward; null: the demo's shape judge", json_schema_extra=IF_SET
-    )
 
 
 class DpoConfig(Config):
@@ -287,14 +271,3 @@ class PromptEnhancerConfig(Config):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; make it one")
         return self
-
-
-def check_looks(guard: GuardConfig | None, train: TrainConfig) -> None:
-    """A run may only end where its log ends, and what watches must not be a target."""
-    if guard is not None and guard.held_out is not None and guard.held_out.role != "held_out":
-        raise ValueError(f"guard.held_out is {guard.held_out.label!r} of role trained; set its role to held_out")
-    if guard is not None and guard.every % train.log_every:
-        raise ValueError(
-            f"guard.every={guard.every} is not a multiple of train.log_every={train.log_every}; "
-            "a run that stops between two log rows would lose one"
-        )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from models.engine.objective import Batch, Loss
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.engine.weights import put_weights
 from models.networks.denoiser import Denoiser, velocity_of
@@ -60,7 +62,9 @@ class DiffusionNft:
         shape = tuple(batch.images.shape[1:])
         noise = rng.normal("noise", shape)
         times = self.sampling.times(self.config.steps, noise)
-        x_0 = self.sampling.codec.settled(self.sampling.follow(self.old, noise, times, batch))
+        with self._precision(batch):
+            drawn = self.sampling.follow(self.old, noise, times, batch)
+        x_0 = self.sampling.codec.settled(drawn)
         rewards = score(self.rewards, self.sampling.pictures(x_0), batch)
         weights = [term.weight for term in self.rewards]
         advantage, idle = weighted_advantages(rewards, weights, self.config.group, batch.slots, self.config.unit)
@@ -69,11 +73,16 @@ class DiffusionNft:
         x_t = noised(x_0, rng.normal("eps", shape), t)
         extra = {
             "x_0": x_0, "t": t, "x_t": x_t, "rewards": rewards, "idle": idle,
-            "share": 0.5 + (advantage / LARGEST).clamp(-1, 1) / 2, "old": self.old(x_t, t, batch.tokens, batch.mask)[0],
+            "share": 0.5 + (advantage / LARGEST).clamp(-1, 1) / 2,
         }  # fmt: skip
-        if self.reference is not None:
-            extra["anchor"] = self.reference(x_t, t, batch.tokens, batch.mask)[0]
+        with self._precision(batch):  # as the loss has it, or the branches would not cancel at the old policy
+            extra["old"] = self.old(x_t, t, batch.tokens, batch.mask)[0]
+            if self.reference is not None:
+                extra["anchor"] = self.reference(x_t, t, batch.tokens, batch.mask)[0]
         return replace(batch, extra={**batch.extra, **extra})
+
+    def _precision(self, batch: Batch) -> AbstractContextManager[object]:
+        return autocast(batch.images.device, self.config.train.precision)
 
     def loss(self, player: str, batch: Batch) -> Loss:
         """Both branches and the squared velocity change."""

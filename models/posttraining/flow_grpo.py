@@ -5,11 +5,14 @@ rest follow the ODE (MixGRPO arXiv:2507.21802, Flow-GRPO-Fast); only the window 
 (advantages.py) and ratio rho = exp(log p - log p_old), both per element:
     loss = mean over window and samples of max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl KL(policy || reference).
 The policy is the guided sampler, so guidance is inside rollouts and training; gradient goes through both of its
-branches. With one update per batch rho is 1 and the clip is idle: that is normal. Left out: GRPO-Guard's recentred ratio.
+branches. With one update per batch rho is 1 and the clip is idle: that is normal. Rollouts are as precise as the loss
+(`train.precision`), or rho would not be 1; a first move that is off all the same is told of. Left out: GRPO-Guard's
+recentred ratio.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +21,7 @@ import torch
 from torch import nn
 
 from models.engine.objective import Batch, Loss
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import weighted_advantages
@@ -25,6 +29,10 @@ from models.posttraining.config import GrpoConfig
 from models.posttraining.reward import Weighted, score
 from models.posttraining.rollout import Sampling
 from models.posttraining.sde import kl, log_prob, transition
+
+FIRST_OFF = 0.1  # of the clip range: more than a ratio may be off 1 before the first move
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class FlowGrpo:
         self.policy, self.rewards, self.config = policy.eval(), rewards, config
         self.sampling = sampling if config.guidance is None else replace(sampling, guidance=config.guidance)
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self.unmoved, self.told = 0, False  # samples whose first loss is still to come; whether one was off
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
@@ -93,7 +102,7 @@ class FlowGrpo:
         states, results, log_probs, anchors = [], [], [], []
         for i, (t, s) in enumerate(pairwise(self.sampling.times(self.config.steps, x))):
             if i not in window:
-                x = x + (s - t) * self.sampling.velocity(self.policy, x, t, stem.asked)
+                x = x + (s - t) * self._velocity(self.policy, x, t, stem.asked)
                 continue
             mean, std = self._mean(self.policy, x, t, s, stem)
             states.append(x[stem.branch])
@@ -113,6 +122,7 @@ class FlowGrpo:
         }  # fmt: skip
         if anchors:
             extra["anchors"] = torch.stack(anchors)
+        self.unmoved = len(batch.slots)
         return replace(batch, extra={**batch.extra, **extra})
 
     def _first_noise(self, rng: Randomness, shape: tuple[int, ...]) -> torch.Tensor:
@@ -124,8 +134,12 @@ class FlowGrpo:
     def _stem(self, batch: Batch) -> Stem:
         return Stem.shared(batch, self.config.group) if self.config.same_noise else Stem.single(batch)
 
+    def _velocity(self, net: Denoiser, x: torch.Tensor, t: float, asked: Batch) -> torch.Tensor:
+        with autocast(x.device, self.config.train.precision):
+            return self.sampling.velocity(net, x, t, asked)
+
     def _mean(self, net: Denoiser, x: torch.Tensor, t: float, s: float, stem: Stem) -> tuple[torch.Tensor, float]:
-        v = self.sampling.velocity(net, x, t, stem.asked)
+        v = self._velocity(net, x, t, stem.asked)
         mean, std = transition(self.config.sampler, x, v, t, s, self.config.eta)
         return mean[stem.branch], std
 
@@ -144,6 +158,7 @@ class FlowGrpo:
                 drifts.append(kl(mean, extra["anchors"][k], std))
         total = torch.stack(terms).mean()
         off = (torch.stack(ratios) - 1).abs()
+        self._tell_of(off, len(batch.slots))
         parts = {"ratio_off": off.max(), "clipped": (off > clip).float().mean(), "idle_groups": extra["idle"]}
         parts |= {term.reward.card.name: r.mean() for term, r in zip(self.rewards, extra["rewards"], strict=True)}
         if drifts:
@@ -151,6 +166,18 @@ class FlowGrpo:
             parts["kl"] = drift.detach()
             total = total + self.config.kl * drift
         return Loss(total, parts)
+
+    def _tell_of(self, off: torch.Tensor, samples: int) -> None:
+        """Warn, once a run, of a ratio that is off before the weights have moved."""
+        first, self.unmoved = self.unmoved > 0, max(0, self.unmoved - samples)
+        limit = FIRST_OFF * self.config.clip_range
+        if first and not self.told and float(off.max()) > limit:
+            self.told = True
+            log.warning(
+                "ratio off 1 by %.2g before the first move, above %.2g (a tenth of clip_range=%g): rollouts and loss do not "
+                "compute the same; set train.precision to fp32, or train.accumulate to 1",
+                float(off.max()), limit, self.config.clip_range,
+            )  # fmt: skip
 
     def after_step(self, step: int) -> None:
         """Nothing to keep."""

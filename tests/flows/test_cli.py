@@ -53,6 +53,31 @@ def test_planning_imports_nothing_heavy(tmp_path):
     ("arguments", "code", "message"),
     [
         (["plan", SMOKE, "--set", "posttrain.sft.train.stepz=3"], 2, "did you mean 'steps'?"),
+        (
+            ["plan", SMOKE, "--set", "posttrain.grpo.group=1"],
+            2,
+            "posttrain.grpo.group = 1: input should be greater than or equal to 2",
+        ),
+        (
+            ["plan", SMOKE, "--set", "posttrain.grpo.clip_range=0"],
+            2,
+            "posttrain.grpo.clip_range = 0: input should be greater than 0",
+        ),
+        (
+            ["plan", SMOKE, "--set", "posttrain.grpo.eta=1.6"],
+            2,
+            "posttrain.grpo.eta = 1.6: input should be less than or equal to 1.5",
+        ),
+        (
+            ["plan", SMOKE, "--set", "posttrain.dpo.beta_per_element=0"],
+            2,
+            "posttrain.dpo.beta_per_element = 0: input should be greater",
+        ),
+        (
+            ["plan", SMOKE, "--set", "posttrain.grpo={sampler: cps, eta: 1.0}"],
+            2,
+            "eta=1.0 with cps keeps nothing of x_t",
+        ),
         (["plan", SMOKE, "--set", "judge.updates=-1"], 2, "judge.updates = -1: input should be greater than"),
         (["run", "nowhere.yaml"], 2, "configuration file nowhere.yaml does not exist"),
         (["run", SMOKE, "--root", "/proc/nothing"], 2, "choose another place with --root"),

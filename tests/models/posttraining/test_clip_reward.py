@@ -9,7 +9,8 @@ from transformers import CLIPModel, CLIPProcessor
 from models.engine.objective import Batch
 from models.evaluation.config import HubReward
 from models.posttraining.clip_reward import ClipReward, hub_scores
-from models.posttraining.config import GrpoConfig, GuardConfig, PairsConfig, RewardTerm
+from models.posttraining.config import GrpoConfig, PairsConfig, RewardTerm
+from models.posttraining.guard_config import GuardConfig
 from models.posttraining.reward import Composite, Measured, Weighted
 
 PROMPTS = ("a cat", "two dogs", "rocket")

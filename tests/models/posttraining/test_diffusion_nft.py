@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.engine.config import TrainConfig
+from models.engine.precision import autocast
 from models.engine.randomness import Randomness
 from models.posttraining.config import NftConfig
 from models.posttraining.diffusion_nft import DiffusionNft, scaled_error
@@ -38,6 +39,15 @@ def test_branches_cancel_at_the_old_policy_with_half_shares(tiny, sampling, same
     assert gradient(objective, batch).abs().max() <= 1e-6
     uneven = nft(tiny, sampling, brightness, beta=beta)
     assert gradient(uneven, prepared(uneven, grouped)).abs().max() > 1e-4
+
+
+def test_branches_cancel_in_half_precision_too(tiny, sampling, same, grouped) -> None:
+    objective = nft(tiny, sampling, same, train={**TRAIN.model_dump(), "precision": "bf16"}, kl=0.1)
+    batch = prepared(objective, grouped)
+    with autocast(torch.device("cpu"), "bf16"):  # as the loop has it around the loss alone
+        assert gradient(objective, batch).abs().max() <= 1e-6
+        assert objective.loss("policy", batch).parts["drift"] == 0
+    assert not torch.equal(batch.extra["x_0"], prepared(nft(tiny, sampling, same), grouped).extra["x_0"])
 
 
 def test_full_share_and_beta_1_is_scaled_flow_matching_in_x_0(tiny, sampling, brightness, grouped) -> None:

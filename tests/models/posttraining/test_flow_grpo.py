@@ -14,7 +14,7 @@ from models.engine.randomness import Randomness
 from models.networks.denoiser import Denoiser
 from models.posttraining.advantages import group_advantages, weighted_advantages
 from models.posttraining.config import GrpoConfig
-from models.posttraining.flow_grpo import FlowGrpo, Stem, surrogate
+from models.posttraining.flow_grpo import FIRST_OFF, FlowGrpo, Stem, surrogate
 from models.posttraining.reward import RewardCard, Sharpness, Weighted
 from models.posttraining.rollout import Sampling
 from models.posttraining.sde import log_prob
@@ -51,6 +51,49 @@ def test_ratio_is_1_before_the_first_move(tiny, sampling, brightness, grouped, s
     moved = {k: v[:, order] for k, v in batch.extra.items() if k in ("states", "results", "log_probs")}
     shuffled = replace(batch, tokens=batch.tokens[order], mask=batch.mask[order], extra={**batch.extra, **moved})
     assert objective.loss("policy", shuffled).parts["ratio_off"] <= 1e-6
+
+
+HALF = {"train": {**TRAIN.model_dump(), "precision": "bf16"}}
+BRANCHING = {"same_noise": True, "window": 1, "window_from": 2}
+
+
+@pytest.mark.parametrize("fields", [{"window": 3}, {"kl": 0.5}, BRANCHING], ids=["window", "kl", "branches"])
+def test_ratio_is_1_before_the_first_move_in_half_precision(tiny, sampling, brightness, grouped, tmp_path, caplog, fields) -> None:  # fmt: skip
+    objective = grpo(tiny, sampling, brightness, **HALF, **fields)
+    numbers = Trainer(objective, objective.config.train, tmp_path).move(prepared(objective, grouped))
+    assert numbers["ratio_off"] <= 1e-6
+    assert numbers.get("kl", 0.0) == 0
+    assert not caplog.records
+    exact = prepared(grpo(tiny, sampling, brightness, **fields), grouped)
+    assert (exact.extra["pictures"] - prepared(objective, grouped).extra["pictures"]).abs().max() > 1e-4
+
+
+def test_a_ratio_that_is_off_before_the_first_move_is_told_once_and_later_ones_are_normal(tiny, sampling, brightness, grouped, tmp_path, caplog) -> None:  # fmt: skip
+    objective = grpo(tiny, sampling, brightness, updates=2)  # rollouts in full precision
+    trainer = Trainer(objective, TRAIN, tmp_path)
+    assert trainer.move(prepared(objective, grouped))["ratio_off"] > FIRST_OFF * objective.config.clip_range
+    assert not caplog.records
+    half = Trainer(objective, objective.config.train.model_copy(update={"precision": "bf16"}), tmp_path)
+    for step in range(2):
+        half.move(prepared(objective, grouped, step))
+    assert len(caplog.records) == 1
+    assert "before the first move, above 0.0001 (a tenth of clip_range=0.001)" in caplog.text
+
+
+def test_ratio_is_1_after_a_checkpoint_is_restored(tiny, sampling, brightness, grouped, tmp_path) -> None:
+    """Rollouts of a policy that has moved, replayed by a fresh process's policy with the checkpoint's weights."""
+    trainer = Trainer(grpo(tiny, sampling, brightness), TRAIN, tmp_path)
+    trainer.move(prepared(trainer.objective, grouped))
+    trainer.step = 1
+    batch = prepared(trainer.objective, grouped, 1)
+    trainer.save()
+    fresh = grpo(tiny, sampling, brightness)
+    assert fresh.loss("policy", batch).parts["ratio_off"] > 1e-5
+    again = Trainer(fresh, TRAIN, tmp_path)
+    assert again.resume()
+    assert again.step == 1
+    assert fresh.loss("policy", batch).parts["ratio_off"] <= 1e-6
+    assert torch.equal(prepared(fresh, grouped, 1).extra["log_probs"], batch.extra["log_probs"])
 
 
 def test_equal_rewards_leave_the_weights_bit_unchanged(tiny, sampling, same, grouped, tmp_path) -> None:
@@ -212,7 +255,18 @@ def test_a_stem_of_half_groups(grouped) -> None:
     assert torch.equal(shared.asked.tokens[shared.branch], part.tokens)
 
 
-def test_advantages_ignore_offset_and_scale_and_idle_groups() -> None:
+@pytest.mark.parametrize("unit", ["group", "batch"])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 7.0), (50.0, 0.0), (0.5, -3.0)])
+def test_advantages_ignore_offset_and_scale(unit, scale, offset) -> None:
+    rewards = 10 * torch.rand(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, taught = group_advantages(rewards, 4, unit)
+    other, same = group_advantages(scale * rewards + offset, 4, unit)
+    assert torch.equal(taught, same)
+    assert found.abs().min() > 1e-3
+    torch.testing.assert_close(other, found, atol=1e-3, rtol=0)  # SMOOTHING is added to a deviation of 1 or more
+
+
+def test_advantages_of_idle_groups_are_0() -> None:
     rewards = torch.tensor([[1.0, 2.0, 4.0, 4.0, 0.1, 0.1, 0.1, 0.1, float("nan"), 1.0, 2.0, 3.0]])
     found, taught = group_advantages(rewards, 4)
     assert taught.tolist() == [[True, False, False]]

@@ -43,9 +43,8 @@ def scorer_of(seed: int = 0) -> Scorer:
     return Scorer(D, 8, 32, 16, seed)
 
 
-def test_a_planted_utility_is_recovered_within_the_bayes_limit_of_its_noise(tmp_path) -> None:
-    first, second, text, u, w, generator = planted(0, N)
-    chosen = torch.rand(N, generator=generator) < torch.sigmoid(u - w)  # labels drawn by Bradley-Terry itself
+def fitted(first, second, text, chosen, folder, steps=120) -> Scorer:
+    """A scorer trained on these pairs, `chosen` saying where the first picture won."""
     swap = chosen[:, None, None, None]
     winner, loser = torch.where(swap, first, second), torch.where(swap, second, first)
 
@@ -53,11 +52,35 @@ def test_a_planted_utility_is_recovered_within_the_bayes_limit_of_its_noise(tmp_
         rows = torch.randint(N, (48,), generator=torch.Generator().manual_seed(step))
         return pair_batch(winner[rows], loser[rows], text[rows])
 
-    config = TrainConfig(steps=120, batch_size=48, log_every=40, checkpoint_every=120, optimizer=OPTIMIZER, ema_gamma=6)
+    config = TrainConfig(
+        steps=steps, batch_size=48, log_every=40, checkpoint_every=steps, optimizer=OPTIMIZER, ema_gamma=6
+    )
     scorer = scorer_of()
     scorer.standardise(text)
-    trainer = train(BradleyTerry(scorer), batches, config, tmp_path)
+    trainer = train(BradleyTerry(scorer), batches, config, folder)
     put_weights(scorer, trainer.emas["scorer"].average)
+    return scorer
+
+
+def rank_correlation(margin, truth) -> float:
+    ranks = torch.stack([margin.argsort().argsort(), truth.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_a_planted_utility_without_noise_is_recovered_in_its_order(tmp_path) -> None:
+    first, second, text, u, w, _ = planted(0, N)
+    scorer = fitted(first, second, text, u > w, tmp_path, 240)
+    first, second, text, u, w, _ = planted(1, N)
+    with torch.no_grad():
+        margin = scorer(first, text) - scorer(second, text)
+    assert rank_correlation(margin, u - w) > 0.95
+    assert ((margin > 0) == (u > w)).float().mean() > 0.9
+
+
+def test_a_planted_utility_is_recovered_within_the_bayes_limit_of_its_noise(tmp_path) -> None:
+    first, second, text, u, w, generator = planted(0, N)
+    chosen = torch.rand(N, generator=generator) < torch.sigmoid(u - w)  # labels drawn by Bradley-Terry itself
+    scorer = fitted(first, second, text, chosen, tmp_path)
 
     first, second, text, u, w, generator = planted(1, N)
     chosen = torch.rand(N, generator=generator) < torch.sigmoid(u - w)
@@ -68,8 +91,7 @@ def test_a_planted_utility_is_recovered_within_the_bayes_limit_of_its_noise(tmp_
     assert 0.6 < limit < 0.9
     assert accuracy > 0.95 * limit
     assert accuracy < limit + 3 * math.sqrt(limit * (1 - limit) / N)
-    ranks = torch.stack([margin.argsort().argsort(), (u - w).argsort().argsort()]).double()
-    assert torch.corrcoef(ranks)[0, 1] > 0.9
+    assert rank_correlation(margin, u - w) > 0.9
     signed = torch.where(chosen, margin, -margin).numpy()
     assert calibration_error(signed, temperature(signed)) < 0.05
 
