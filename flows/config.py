@@ -23,7 +23,8 @@ from models.posttraining.config import (
     ReflConfig,
     RewardModelConfig,
 )
-from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
+from models.pretraining.config import FlowMatchingConfig
 from tasks.config import (
     CompareConfig,
     DistributionConfig,

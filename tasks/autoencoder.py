@@ -15,7 +15,8 @@ from models.networks.checkpoint import SamplingCard
 from models.networks.codec import Vae
 from models.networks.prx import forget_paths
 from models.pretraining.autoencoder import Autoencoder, build, measure
-from models.pretraining.config import AutoencoderConfig, SelectConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
+from models.pretraining.config import SelectConfig
 from tasks.training import save_grid
 from tasks.training_data import TrainingData
 

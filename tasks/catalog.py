@@ -52,7 +52,7 @@ TRAITS: dict[str, Traits] = {
     "reconsider": Traits("manifest", "data_curation.filter_config:ReconsiderConfig", "data_curation.reconsider:reconsider"),
     "assign_buckets": Traits("manifest", "data_curation.config:BucketsConfig", "data_curation.buckets:assign_buckets", version=2),
     "encode": Traits("training-set", "data_curation.config:EncodeConfig", "data_curation.encode:encode", version=2),
-    "autoencoder": Traits("autoencoder", "models.pretraining.config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
+    "autoencoder": Traits("autoencoder", "models.pretraining.autoencoder_config:AutoencoderConfig", "tasks.autoencoder:autoencoder", runs="train"),
     "import_model": Traits("checkpoint", "tasks.config:ModelConfig", "tasks.model_features:import_model"),
     "features": Traits("training-set", "tasks.config:FeaturesConfig", "tasks.model_features:features", version=2),
     "measure_distribution": Traits("scores", "tasks.config:DistributionConfig", "tasks.distribution:measure_distribution"),

@@ -17,7 +17,7 @@ from torch import nn
 from models.device import compute_device
 from models.engine.objective import Batch, Loss
 from models.engine.randomness import Randomness
-from models.pretraining.config import AutoencoderConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
 
 
 class Autoencoder:

@@ -13,7 +13,8 @@ from infra.errors import ConfigError
 from infra.storage import open_store
 from models.evaluation.intervals import paired
 from models.networks.config import LatentPrxConfig
-from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
+from models.pretraining.config import FlowMatchingConfig
 from tasks.config import ModelConfig
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 from safetensors.numpy import load_file
 
-from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
+from models.pretraining.config import FlowMatchingConfig
 from models.sampling.generate import load_generator
 from tasks.autoencoder import autoencoder
 from tasks.config import FeaturesConfig

@@ -9,7 +9,7 @@ from models.engine.objective import Batch
 from models.engine.randomness import Randomness
 from models.networks.codec import Vae, drawn, load_vae
 from models.pretraining.autoencoder import Autoencoder, build, measure
-from models.pretraining.config import AutoencoderConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
 
 OPTIMIZER = OptimizerConfig(muon_lr=None, adamw_lr=3e-3, warmup_steps=0)
 CONFIG = AutoencoderConfig(

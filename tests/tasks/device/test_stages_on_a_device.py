@@ -24,7 +24,8 @@ from models.posttraining.config import (
     ReflConfig,
     RewardModelConfig,
 )
-from models.pretraining.config import AutoencoderConfig, FlowMatchingConfig
+from models.pretraining.autoencoder_config import AutoencoderConfig
+from models.pretraining.config import FlowMatchingConfig
 from models.sampling.generate import load_generator
 from tasks.autoencoder import autoencoder
 from tasks.distill import distill
