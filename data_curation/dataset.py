@@ -102,14 +102,16 @@ class TrainingSet:
             raise DataRefused(
                 f"training set {folder}: index.parquet lacks the columns {', '.join(missing)}; make it with the encode stage"
             )
-        if not pq.read_metadata(folder / "index.parquet").num_rows:
-            raise DataRefused(f"training set {folder}: index.parquet has 0 rows; loosen a filter, then encode again")
         return cls(folder)
 
     def select(
         self, resolutions: Sequence[int], domains: Sequence[str] | None = None, split: Split = "train"
     ) -> Selection:
         """Rows of the given resolutions (bucket sides), domains (None: all) and split."""
+        if not self.index.num_rows:
+            raise DataRefused(
+                f"training set {self.folder}: index.parquet has 0 rows; loosen a filter, then encode again"
+            )
         wanted = pc.and_(
             pc.is_in(self.index["resolution"], value_set=_column(self.index, "resolution", resolutions)),
             pc.equal(self.index["split"], split),

@@ -193,7 +193,7 @@ def test_players_that_take_turns_train_on_two_workers_as_on_one(tiny, batches, t
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     for wrong in ({"lora": {"rank": 4}}, {"repa": {"kind": "self", "layer": 1}}):
-        with pytest.raises(ValueError, match="with lora or repa.kind=self set it to false"):
+        with pytest.raises(ValueError, match="with lora, validation.patience or repa.kind=self set it to false"):
             FlowMatchingConfig.model_validate({"train": {"shard": True}, **wrong})
 
     class Copying(FlowMatching):
