@@ -81,6 +81,10 @@ def snapshots_of(checkpoint: Path) -> list[tuple[float, int, dict[str, torch.Ten
 
 def _with(checkpoint: Path, weights: dict[str, torch.Tensor]) -> Denoiser:
     """The checkpoint's denoiser with these weights, which are as they were trained."""
+    if not (checkpoint / FOLDER / TEXT).exists():
+        raise ConfigError(
+            f"{checkpoint.name} keeps snapshots without {TEXT}, the scale of their text; run its stage again (t2i rerun)"
+        )
     scale = load_file(checkpoint / FOLDER / TEXT)
     denoiser = families.load(checkpoint / "transformer", read_card(checkpoint), scale["mean"], scale["std"])
     own = {

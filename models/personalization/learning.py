@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from models.engine.loop import Trainer
 from models.engine.randomness import Randomness
-from models.engine.weights import put_weights, with_weights
+from models.engine.watch import BestWeights
+from models.engine.weights import with_weights
 from models.networks.denoiser import Denoiser
 from models.personalization.config import UntilLearntConfig
 from models.personalization.dreambooth import Pictures
@@ -61,7 +62,7 @@ class LearningWatch:
         self.centre = self._greatest(self.ordinary.images).mean(0)
         self.own = self._features(own)
         self.looks: list[Look] = []
-        self.best: dict[str, torch.Tensor] = {}
+        self.best = BestWeights(PLAYER)
         self.best_at, self.ended = 0, False
 
     @property
@@ -76,12 +77,13 @@ class LearningWatch:
         net = with_weights(self.adapted, {name.removeprefix(PREFIX): value for name, value in average.items()})
         found = Look(trainer.step, self.similarity(self.draw(net)), self.drift(net.eval()))
         self.looks.append(found)
-        drifted, first = found.drift > self.config.max_drift, not self.best
+        drifted, first = found.drift > self.config.max_drift, not self.best.kept
         if first or (not drifted and found.similarity > self.looks[self.best_at].similarity):
-            self.best, self.best_at = {name: value.clone() for name, value in average.items()}, len(self.looks) - 1
+            self.best.keep(trainer)
+            self.best_at = len(self.looks) - 1
         if drifted or self.settled or trainer.step >= trainer.config.steps:
             self.ended = True
-            self._restore(trainer)
+            self.best.restore(trainer)
 
     @property
     def settled(self) -> bool:
@@ -113,14 +115,14 @@ class LearningWatch:
         """Looks, best weights and counters as tensors."""
         table = torch.tensor([astuple(look) for look in self.looks], dtype=torch.float64)
         counters = torch.tensor([self.best_at, int(self.ended)])
-        return {"looks": table, "counters": counters} | {f"best/{name}": value for name, value in self.best.items()}
+        return {"looks": table, "counters": counters} | self.best.state()
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
         self.looks = [Look(int(row[0]), row[1], row[2]) for row in tensors["looks"].tolist()]
         self.best_at, ended = tensors["counters"].tolist()
         self.ended = bool(ended)
-        self.best = {name.removeprefix("best/"): v for name, v in tensors.items() if name.startswith("best/")}
+        self.best.load_state(tensors)
 
     def _features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Rows [N, W] of length 1."""
@@ -146,8 +148,3 @@ class LearningWatch:
 
     def _noise(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return Randomness(0, 0, tuple(range(len(like))), self.base.device).normal(name, tuple(like.shape[1:]))
-
-    def _restore(self, trainer: Trainer) -> None:
-        put_weights(trainer.players[PLAYER], self.best)
-        for name, value in self.best.items():
-            trainer.emas[PLAYER].average[name].copy_(value)

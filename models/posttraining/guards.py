@@ -23,7 +23,8 @@ from infra.errors import ConfigError
 from models.engine.loop import Trainer
 from models.engine.objective import Batch
 from models.engine.randomness import Randomness
-from models.engine.weights import put_weights, with_weights
+from models.engine.watch import BestWeights
+from models.engine.weights import with_weights
 from models.networks.denoiser import Denoiser
 from models.posttraining.guard_config import GuardConfig
 from models.posttraining.reward import Reward
@@ -83,7 +84,7 @@ class Guard:
         self.config, self.player, self.watched = config, player, watched
         self.start = copy.deepcopy(start).eval().requires_grad_(False)
         self.looks: list[Look] = []
-        self.best: dict[str, torch.Tensor] = {}
+        self.best = BestWeights(player)
         self.best_step, self.bad, self.ended = 0, 0, False
 
     @property
@@ -103,12 +104,13 @@ class Guard:
                 f"the rewards and pictures of the start, or lower guard.min_diversity={self.config.min_diversity:g}"
             )
         if not faults and all(found.held_out > old.held_out for old in self.looks if not self.faults(old)):
-            self.best, self.best_step = {name: value.clone() for name, value in average.items()}, found.step
+            self.best.keep(trainer)
+            self.best_step = found.step
         self.looks.append(found)
         self.bad = self.bad + 1 if faults else 0
         if self.bad >= self.config.patience or (faults and trainer.step >= trainer.config.steps):
             self.ended = True
-            self._restore(trainer)
+            self.best.restore(trainer)
 
     def faults(self, look: Look) -> list[str]:
         """What is wrong, in words; empty for a good look."""
@@ -141,9 +143,7 @@ class Guard:
         """Looks, best weights and counters as tensors."""
         table = [as_row(look) for look in self.looks]
         counters = torch.tensor([self.best_step, self.bad, int(self.ended)])
-        return {"looks": torch.tensor(table, dtype=torch.float64), "counters": counters} | {
-            f"best/{name}": value for name, value in self.best.items()
-        }
+        return {"looks": torch.tensor(table, dtype=torch.float64), "counters": counters} | self.best.state()
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
@@ -151,7 +151,7 @@ class Guard:
                       for r in tensors["looks"].tolist()]  # fmt: skip
         self.best_step, self.bad, ended = tensors["counters"].tolist()
         self.ended = bool(ended)
-        self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        self.best.load_state(tensors)
 
     @cached_property
     def _first(self) -> Drawn:
@@ -212,11 +212,6 @@ class Guard:
                 changed, size = changed + float((own - base).square().sum()), size + float(base.square().sum())
             found.append(changed / size)
         return tuple(found)
-
-    def _restore(self, trainer: Trainer) -> None:
-        put_weights(trainer.players[self.player], self.best)
-        for name, value in self.best.items():
-            trainer.emas[self.player].average[name].copy_(value)
 
 
 def velocity_at(net: Denoiser, x_t: torch.Tensor, t: torch.Tensor, asked: Batch) -> torch.Tensor:

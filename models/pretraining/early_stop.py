@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from models.engine.loop import Trainer, TrainingDivergedError
-from models.engine.weights import put_weights, with_weights
+from models.engine.watch import BestWeights
+from models.engine.weights import with_weights
 from models.pretraining.validation import Validation
 
 PLAYER, PREFIX = "denoiser", "denoiser."
@@ -35,7 +36,7 @@ class EarlyStop:
     def __init__(self, validation: Validation, patience: int) -> None:
         self.validation, self.patience = validation, patience
         self.looks: list[Look] = []
-        self.best: dict[str, torch.Tensor] = {}
+        self.best = BestWeights(PLAYER)
         self.best_at, self.ended = 0, False
 
     @property
@@ -51,16 +52,17 @@ class EarlyStop:
         net = with_weights(self.validation.denoiser, own).eval()
         found = Look(trainer.step, self.validation.numbers(net)["validation"])
         self.looks.append(found)
-        if not self.best and not math.isfinite(found.loss):
+        if not self.best.kept and not math.isfinite(found.loss):
             raise TrainingDivergedError(
                 f"validation loss of the weights that training starts from is {found.loss} (step {found.step}), so no best "
                 "can be kept; look at the start checkpoint and at the held-out pictures, or set validation.patience to null"
             )
-        if not self.best or found.loss < self.looks[self.best_at].loss:
-            self.best, self.best_at = {name: value.clone() for name, value in average.items()}, len(self.looks) - 1
+        if not self.best.kept or found.loss < self.looks[self.best_at].loss:
+            self.best.keep(trainer)
+            self.best_at = len(self.looks) - 1
         if self.out_of_patience or trainer.step >= trainer.config.steps:
             self.ended = True
-            self._restore(trainer)
+            self.best.restore(trainer)
 
     @property
     def out_of_patience(self) -> bool:
@@ -80,16 +82,11 @@ class EarlyStop:
         """Looks, best weights and counters as tensors."""
         table = torch.tensor([astuple(look) for look in self.looks], dtype=torch.float64)
         counters = torch.tensor([self.best_at, int(self.ended)])
-        return {"looks": table, "counters": counters} | {f"best/{name}": value for name, value in self.best.items()}
+        return {"looks": table, "counters": counters} | self.best.state()
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `state`."""
         self.looks = [Look(int(row[0]), row[1]) for row in tensors["looks"].tolist()]
         self.best_at, ended = tensors["counters"].tolist()
         self.ended = bool(ended)
-        self.best = {name.removeprefix("best/"): v for name, v in tensors.items() if name.startswith("best/")}
-
-    def _restore(self, trainer: Trainer) -> None:
-        put_weights(trainer.players[PLAYER], self.best)
-        for name, value in self.best.items():
-            trainer.emas[PLAYER].average[name].copy_(value)
+        self.best.load_state(tensors)

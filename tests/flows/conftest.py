@@ -120,3 +120,21 @@ def curated(local: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
     for stage in ("source", "download", "dedup", "quality", "buckets", "encode"):
         shutil.copytree(local[0] / stage, tmp_path / "curated" / stage)
     return tmp_path / "curated"
+
+
+@pytest.fixture(scope="session")
+def captioned() -> Callable[[Path, int, int], Path]:
+    """Write so many scenes with this many pixels a side into a folder, each with its caption beside it."""
+
+    def write(folder: Path, count: int, side: int) -> Path:
+        from PIL import Image
+
+        from data_curation.scenes import all_scenes, draw_batch, short_caption
+
+        scenes = all_scenes("full")[::37][:count]
+        for i, (scene, image) in enumerate(zip(scenes, draw_batch(scenes, side, 0), strict=True)):
+            Image.fromarray(image).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(short_caption(scene))
+        return folder
+
+    return write

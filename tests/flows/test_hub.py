@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from data_curation.scenes import all_scenes, draw_batch, short_caption
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "posttrain-hub.yaml"
 TRAIN = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 1, "ema_gamma": 3.0,
@@ -29,13 +26,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    scenes = all_scenes("full")[::37][:24]
-    for i, (scene, image) in enumerate(zip(scenes, draw_batch(scenes, 96, 0), strict=True)):
-        Image.fromarray(image).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(short_caption(scene))
-    return folder
+def pictures(tmp_path_factory, captioned) -> Path:
+    return captioned(tmp_path_factory.mktemp("pictures"), 24, 96)
 
 
 def command(verb: str, model: Path, pictures: Path, root: Path, **more: object) -> dict:

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from data_curation.scenes import all_scenes, draw_batch, short_caption
 from flows.config import LifecycleConfig
 from flows.dag import stage_specs
 from flows.run import Run
@@ -27,13 +25,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    scenes = all_scenes("full")[::41][:60]
-    for i, (scene, image) in enumerate(zip(scenes, draw_batch(scenes, 72, 0), strict=True)):
-        Image.fromarray(image).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(short_caption(scene))
-    return folder
+def pictures(tmp_path_factory, captioned) -> Path:
+    return captioned(tmp_path_factory.mktemp("pictures"), 60, 72)
 
 
 @pytest.mark.slow

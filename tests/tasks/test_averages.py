@@ -13,7 +13,7 @@ from infra.errors import ConfigError
 from infra.storage import open_store
 from models.pretraining.config import FlowMatchingConfig
 from models.sampling.generate import load_generator
-from tasks.averages import FOLDER, other_average
+from tasks.averages import FOLDER, TEXT, other_average
 from tasks.training import flow_matching
 
 STEPS = 24
@@ -67,12 +67,19 @@ def test_what_cannot_be_made_is_refused(trained, tmp_path) -> None:
         ConfigError, match="has no ema-snapshots of a flow-matching stage; set train.ema_snapshot_every"
     ):
         other_average(tmp_path, tmp_path / "c", 10.0)
+    scale = stored / FOLDER / TEXT
+    scale.rename(tmp_path / TEXT)
+    try:
+        with pytest.raises(ConfigError, match="keeps snapshots without text.safetensors.*run its stage again"):
+            other_average(stored, tmp_path / "d", 10.0)
+    finally:
+        (tmp_path / TEXT).rename(scale)
     file = next((stored / FOLDER / "24").rglob("denoiser.power0.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\xff\xff\xff\xff")
     try:
         with pytest.raises(ConfigError, match="24 is damaged; run its stage again"):
-            other_average(stored, tmp_path / "d", 10.0)
+            other_average(stored, tmp_path / "e", 10.0)
     finally:
         file.write_bytes(whole)
 

@@ -103,7 +103,7 @@ def test_it_ends_when_nothing_is_gained_and_takes_the_best(tiny, batches, tmp_pa
     assert trainer.step == watch.looks[best].step + 8 < 60
     assert similarities[best] > similarities[0] + 0.005
     assert watch.report()["taken"] == watch.looks[best].step
-    for name, value in watch.best.items():
+    for name, value in watch.best.kept.items():
         assert torch.equal(value, trainer.emas["denoiser"].average[name])
         assert torch.equal(value, dict(trainer.players["denoiser"].named_parameters())[name])
 
@@ -114,7 +114,7 @@ def test_drift_ends_it_with_weights_from_before(tiny, batches, tmp_path) -> None
     assert watch.report()["taken"] == trainer.step - 4 > 0
     drift = run(tiny, batches, tmp_path / "on", steps=4, every=4, max_drift=1e-9)[1]
     assert drift.report()["taken"] == 0
-    assert all(not value.any() for name, value in drift.best.items() if ".lora_B." in name)
+    assert all(not value.any() for name, value in drift.best.kept.items() if ".lora_B." in name)
 
 
 @pytest.mark.parametrize("kill", [3, 6])
